@@ -1,0 +1,173 @@
+"""The options of both caches: frozen dataclasses that are checked when they are built.
+
+The same names appear in Python (`SparKVConfig(store=...)`), in YAML (`SparKVConfig.from_yaml(path)`) and in
+`model.generate(..., cache_config={...})`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+import yaml
+
+from .errors import ConfigError
+
+_UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+_Config = TypeVar("_Config", bound="CacheConfig")
+
+
+def parse_bytes(size: int | str) -> int:
+    """Bytes in `size`: a whole number, or text with a unit such as `"64MiB"` or `"1.5 GB"`.
+
+    Raises:
+        ConfigError: `size` is neither, or not above zero.
+    """
+    if isinstance(size, str):
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]i?b)?\s*", size, re.IGNORECASE)
+        if match is None:
+            raise ConfigError(f"{size!r} is not a size: write a number of bytes, or a text such as '64MiB' or '2GB'.")
+        size = int(float(match[1]) * _UNITS[(match[2] or "").lower()])
+    if isinstance(size, bool) or not isinstance(size, int) or size <= 0:
+        raise ConfigError(f"{size!r} is not a size: write a number of bytes above zero, or a text such as '64MiB'.")
+    return size
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """What both configurations share: how they are read and checked."""
+
+    def __post_init__(self) -> None:
+        hints = get_type_hints(type(self))
+        for field in dataclasses.fields(self):
+            value, hint = getattr(self, field.name), hints[field.name]
+            if get_origin(hint) is Literal:
+                if value not in get_args(hint):
+                    raise ConfigError(f"{field.name}={value!r}: choose one of {', '.join(map(repr, get_args(hint)))}.")
+            elif not _fits(value, hint):
+                wanted = getattr(hint, "__name__", str(hint))
+                raise ConfigError(f"{field.name}={value!r} should be of type {wanted}, not {type(value).__name__}.")
+
+    @classmethod
+    def from_dict(cls: type[_Config], options: Mapping[str, Any] | None) -> _Config:
+        """Build from a plain mapping, as `cache_config` carries it.
+
+        Raises:
+            ConfigError: an option is not known (the message offers the nearest one) or has an invalid value.
+        """
+        options = dict(options or {})
+        known = [field.name for field in dataclasses.fields(cls)]
+        for name in options:
+            if name not in known:
+                near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.0)[0]
+                raise ConfigError(
+                    f"{cls.__name__} has no option {name!r}. Did you mean {near!r}? All options: {', '.join(known)}."
+                )
+        return cls(**options)
+
+    @classmethod
+    def merge(cls: type[_Config], options: _Config | Mapping[str, Any] | None, changes: Mapping[str, Any]) -> _Config:
+        """`options` with `changes` on top, checked; what both caches accept in their constructors."""
+        given = {f.name: getattr(options, f.name) for f in dataclasses.fields(cls)} if isinstance(options, cls) else options
+        return cls.from_dict({**(given or {}), **changes})
+
+    @classmethod
+    def from_yaml(cls: type[_Config], path: str | Path) -> _Config:
+        """Build from a YAML file that holds one mapping of options.
+
+        Raises:
+            ConfigError: the file cannot be read, is no mapping, or holds an invalid option.
+        """
+        try:
+            options = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise ConfigError(f"cannot read options from {path}: {error}") from error
+        if options is not None and not isinstance(options, dict):
+            raise ConfigError(f"{path} should hold a mapping of options, not a {type(options).__name__}.")
+        return cls.from_dict(options)
+
+    def _require(self, name: str, condition: bool, rule: str) -> None:
+        if not condition:
+            raise ConfigError(f"{name}={getattr(self, name)!r}: it must be {rule}.")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether `value` is of the plain type or union `hint`; an int passes for a float, a bool never for a number."""
+    types = tuple(get_origin(part) or part for part in get_args(hint) or (hint,))
+    if isinstance(value, bool):
+        return bool in types
+    return isinstance(value, (*types, int) if float in types else types)
+
+
+@dataclass(frozen=True)
+class SparKVConfig(CacheConfig):
+    """Options of the hybrid prefill cache.
+
+    Args:
+        store: where published chunks live: a folder, `file:///folder`, `http(s)://host/path` or `s3://bucket/path`.
+        codec: how a layer of a chunk is written. `lossless` keeps every bit of the model's dtype.
+        chunk_tokens: tokens in a chunk, the unit that is published, streamed or computed. The paper uses 1024;
+            256 lets a context of a few thousand tokens be divided finely enough for both paths to end together.
+        planner: `optimal` divides the work by cost, `stream` streams the whole prefix, `local` computes all of it.
+        stall_timeout: seconds without one arriving byte after which a stream is given up and its part computed.
+    """
+
+    store: str | os.PathLike[str] | None = None
+    codec: Literal["lossless"] = "lossless"
+    chunk_tokens: int = 256
+    planner: Literal["optimal", "stream", "local"] = "optimal"
+    stall_timeout: float = 5.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require("chunk_tokens", 16 <= self.chunk_tokens <= 65536, "between 16 and 65536")
+        self._require("stall_timeout", self.stall_timeout > 0, "above zero seconds")
+
+
+@dataclass(frozen=True)
+class DynaKVConfig(CacheConfig):
+    """Options of the clustered-offload decode cache.
+
+    Args:
+        directory: an existing folder for the cluster files, on the flash device; `None` takes the system's temporary
+            folder. The files are removed when the cache goes away.
+        budget: tokens fetched from clusters for each KV head and step, beside sinks and recent tokens.
+        sinks: tokens at the start of the sequence that always take part in attention.
+        recent: newest tokens that always take part; a token enters a cluster only when it leaves this window.
+        dram: bytes that resident clusters may hold, over all layers; a number or a text such as `"64MiB"`.
+        cluster_size: mean tokens in a cluster when the prompt is clustered.
+        max_cluster_size: a cluster is split rather than grow beyond this.
+        split_variance: a cluster is split when its variance exceeds this multiple of its head's mean variance over
+            the prompt's clusters (tau_h of the paper, which leaves its choice open).
+        storage: how keys and values lie on flash; `auto` is the model's own dtype, so nothing is lost.
+        io_threads: reads in flight at once.
+    """
+
+    directory: str | os.PathLike[str] | None = None
+    budget: int = 256
+    sinks: int = 16
+    recent: int = 64
+    dram: int | str = "64MiB"
+    cluster_size: int = 16
+    max_cluster_size: int = 32
+    split_variance: float = 1.0
+    storage: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+    io_threads: int = 8
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        parse_bytes(self.dram)
+        self._require("budget", self.budget >= 0, "at least 0 tokens")
+        self._require("sinks", self.sinks >= 0, "at least 0 tokens")
+        self._require("recent", self.recent >= 1, "at least 1 token, the one just decoded")
+        self._require("cluster_size", self.cluster_size >= 1, "at least 1 token")
+        floor = max(2, self.cluster_size)
+        self._require("max_cluster_size", self.max_cluster_size >= floor, f"at least {floor} tokens")
+        self._require("split_variance", self.split_variance > 0, "above zero")
+        self._require("io_threads", 1 <= self.io_threads <= 256, "between 1 and 256")
