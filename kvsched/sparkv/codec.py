@@ -1,0 +1,173 @@
+"""One token chunk's keys and values as bytes.
+
+A chunk object is a header followed by one payload a layer, **last layer first**: that is the order in which a loader
+wants them, since streaming comes down from the top layer to meet computing, which comes up from the bottom.
+
+    magic "KVSC" | header length, u32 LE | header, JSON | payload of layer L-1 | ... | payload of layer 0
+
+The header holds version, codec, dtype, position, tokens, and for each layer its shapes, its payload's length and
+SHA-256, so that decoding can start with any layer and nothing is taken on trust.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass
+from typing import Annotated, Literal, Protocol
+
+import numpy as np
+import torch
+import zstandard
+from pydantic import Field, TypeAdapter, ValidationError
+
+from ..errors import ChunkError
+from .address import LAYOUT_VERSION
+
+MAGIC = b"KVSC"
+MAX_HEADER = 1 << 20
+_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.float16, torch.bfloat16)}
+
+
+class Codec(Protocol):
+    """How one tensor of a layer becomes bytes and comes back."""
+
+    def encode(self, tensor: torch.Tensor) -> bytes:
+        """Bytes of `tensor` `[heads, tokens, head_dim]`."""
+        ...
+
+    def decode(self, payload: bytes, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """The tensor of `shape` and `dtype` that `payload` holds.
+
+        Raises:
+            ChunkError: the payload is not such a tensor.
+        """
+        ...
+
+
+class Lossless:
+    """Every bit kept: the bytes of equal significance are put together (planes) and each plane is compressed by zstd.
+
+    Sign and exponent bytes of neighbouring numbers are alike, mantissa bytes are noise; apart, the former shrink.
+    """
+
+    def encode(self, tensor: torch.Tensor) -> bytes:
+        raw = tensor.detach().cpu().contiguous().view(torch.uint8).numpy()
+        planes = raw.reshape(-1, tensor.element_size())
+        frames = [zstandard.compress(np.ascontiguousarray(planes[:, i]).data, 1) for i in range(planes.shape[1])]
+        return np.array([len(frame) for frame in frames], "<u4").tobytes() + b"".join(frames)
+
+    def decode(self, payload: bytes, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        count, width = math.prod(shape), dtype.itemsize
+        raw = np.empty((count, width), np.uint8)
+        lengths = np.frombuffer(payload[: 4 * width], "<u4")
+        if len(lengths) != width or int(lengths.sum()) + 4 * width != len(payload):
+            raise ChunkError("the payload's planes do not add up to its length")
+        start = 4 * width
+        for plane, length in enumerate(lengths.tolist()):
+            try:
+                data = zstandard.ZstdDecompressor().decompress(payload[start : start + length], max_output_size=count)
+            except zstandard.ZstdError as error:
+                raise ChunkError(f"a plane cannot be decompressed: {error}") from error
+            if len(data) != count:
+                raise ChunkError(f"a plane holds {len(data)} numbers instead of {count}")
+            raw[:, plane] = np.frombuffer(data, np.uint8)
+            start += length
+        return torch.from_numpy(raw).view(-1).view(dtype).reshape(shape)
+
+
+CODECS: dict[str, Codec] = {"lossless": Lossless()}
+
+# Numbers from outside are bounded before anything is allocated for them.
+Count = Annotated[int, Field(strict=True, ge=1, le=1 << 24)]
+Size = Annotated[int, Field(strict=True, ge=0, le=1 << 40)]
+Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+@dataclass(frozen=True)
+class LayerEntry:
+    """One layer's payload: its layer index, K and V shapes `[heads, tokens, head_dim]`, bytes and SHA-256 (hex).
+
+    `key_bytes` of the `length` bytes are the keys, the rest the values.
+    """
+
+    layer: Size
+    keys: tuple[Count, Count, Count]
+    values: tuple[Count, Count, Count]
+    key_bytes: Size
+    length: Size
+    sha256: Digest
+
+
+@dataclass(frozen=True)
+class ChunkHeader:
+    """What a chunk object says of itself; `layers` in the order of their payloads, last layer first."""
+
+    codec: Literal["lossless"]
+    dtype: Literal["float32", "float16", "bfloat16"]
+    position: Size
+    tokens: Count
+    layers: tuple[LayerEntry, ...]
+    version: Literal[1] = LAYOUT_VERSION
+
+    def to_bytes(self) -> bytes:
+        """Magic, length and JSON, as they stand at the start of the object."""
+        text = _HEADER.dump_json(self)
+        return MAGIC + len(text).to_bytes(4, "little") + text
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> ChunkHeader:
+        """Read and check a header.
+
+        Raises:
+            ChunkError: `data` is no header of this version.
+        """
+        if data[:4] != MAGIC or len(data) > MAX_HEADER or int.from_bytes(data[4:8], "little") != len(data) - 8:
+            raise ChunkError("these bytes are not the header of a chunk")
+        try:
+            return _HEADER.validate_json(data[8:])
+        except ValidationError as error:
+            raise ChunkError(f"the header of a chunk cannot be read: {error}") from error
+
+    def decode(self, entry: LayerEntry, payload: bytes) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values `[heads, tokens, head_dim]` of one layer, in the chunk's dtype.
+
+        Raises:
+            ChunkError: the payload is truncated, altered or not what `entry` says.
+        """
+        if len(payload) != entry.length or hashlib.sha256(payload).hexdigest() != entry.sha256:
+            raise ChunkError(f"layer {entry.layer} of the chunk at token {self.position} is truncated or altered")
+        codec, dtype = CODECS[self.codec], _DTYPES[self.dtype]
+        keys = codec.decode(payload[: entry.key_bytes], entry.keys, dtype)
+        return keys, codec.decode(payload[entry.key_bytes :], entry.values, dtype)
+
+
+_HEADER = TypeAdapter(ChunkHeader)
+
+
+def encode_chunk(
+    codec: Literal["lossless"], position: int, layers: list[tuple[torch.Tensor, torch.Tensor]]
+) -> tuple[ChunkHeader, bytes]:
+    """A chunk's header and its whole object.
+
+    Args:
+        codec: a name in `CODECS`.
+        position: the chunk's first token in the sequence.
+        layers: keys and values `[heads, tokens, head_dim]` of each layer, first layer first.
+    """
+    entries, payloads = [], []
+    for index, (keys, values) in reversed(list(enumerate(layers))):
+        key_bytes, value_bytes = CODECS[codec].encode(keys), CODECS[codec].encode(values)
+        payload = key_bytes + value_bytes
+        digest = hashlib.sha256(payload).hexdigest()
+        entries.append(LayerEntry(index, _shape(keys), _shape(values), len(key_bytes), len(payload), digest))
+        payloads.append(payload)
+    first = layers[0][0]
+    header = ChunkHeader(codec, str(first.dtype).removeprefix("torch."), position, first.shape[1], tuple(entries))
+    return header, b"".join([header.to_bytes(), *payloads])
+
+
+def _shape(tensor: torch.Tensor) -> tuple[int, int, int]:
+    heads, tokens, head_dim = tensor.shape
+    return heads, tokens, head_dim
+

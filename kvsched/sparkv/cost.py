@@ -1,0 +1,158 @@
+"""What a piece costs: seconds to compute it on this device, seconds to stream it over this link.
+
+Both are measured. A device's profile comes from two timed forwards and is kept under the user's cache folder; a link's
+goodput comes from the bytes that arrive. Both are corrected while a prefix loads.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+import time
+from collections import deque
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import platformdirs
+import torch
+from pydantic import TypeAdapter, ValidationError
+
+from .address import fingerprint
+from .forward import PrefixCache
+from .grid import Grid
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_FAR_CHUNKS = 8
+_WINDOW_SECONDS = 3.0
+_WINDOW_LAYERS = 48
+
+
+@dataclass(frozen=True)
+class DeviceProfile:
+    """Seconds of depth-limited prefill on one device, for chunks of one size.
+
+    Args:
+        chunk_tokens: tokens in a chunk.
+        base: `[layers + 1]`, seconds to compute a chunk without context to each depth; 0 at depth 0.
+        per_token: `[layers + 1]`, seconds that each token of context before the chunk adds, by attention.
+    """
+
+    chunk_tokens: int
+    base: tuple[float, ...]
+    per_token: tuple[float, ...]
+
+    def compute_seconds(self, grid: Grid) -> np.ndarray:
+        """`[chunks, layers + 1]`: seconds to compute each chunk of `grid` to each depth."""
+        context = np.arange(grid.chunks)[:, None] * grid.chunk_tokens
+        return np.array(self.base) + np.array(self.per_token) * context
+
+    @classmethod
+    def measure(cls, model: PreTrainedModel, chunk_tokens: int) -> DeviceProfile:
+        """Time a chunk's forward at the start of a sequence and far into it (a few seconds on a CPU).
+
+        The time of each depth is read off when its layer hands over keys and values, so one forward gives all depths,
+        with the last layer counted as what it is: a K/V projection.
+        """
+        far = min(_FAR_CHUNKS * chunk_tokens, model.config.get_text_config(decoder=True).max_position_embeddings // 2)
+        cls._time(model, chunk_tokens, 0)  # the first forward of a process also pays for memory and thread pools
+        near_seconds, far_seconds = cls._time(model, chunk_tokens, 0), cls._time(model, chunk_tokens, far)
+        slope = np.maximum(far_seconds - near_seconds, 0) / far
+        return cls(chunk_tokens, tuple(near_seconds.tolist()), tuple(slope.tolist()))
+
+    @staticmethod
+    def _time(model: PreTrainedModel, chunk_tokens: int, context: int) -> np.ndarray:
+        cache = PrefixCache(model.config, context + chunk_tokens)
+        ids = torch.arange(chunk_tokens)[None] % model.config.get_text_config(decoder=True).vocab_size
+        if context:
+            # What the context holds does not matter to time: the first chunk's keys, over and over.
+            cache.compute(model, ids, 0)
+            for layer in cache.layers:
+                for start in range(0, context, chunk_tokens):
+                    stop = min(start + chunk_tokens, context)
+                    first = slice(0, stop - start)
+                    layer.write(start, layer.keys[:, :, first].clone(), layer.values[:, :, first].clone())
+        seconds = [0.0]
+
+        def note(layer: int) -> bool:
+            seconds.append(time.perf_counter() - begin)
+            return True
+
+        begin = time.perf_counter()
+        cache.compute(model, ids, context, note)
+        return np.array(seconds)
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, chunk_tokens: int) -> DeviceProfile:
+        """The kept profile of this model, device and chunk size; measured and kept if there is none."""
+        device = f"{model.device} {torch.get_num_threads()} {_device_name(model.device)}"
+        name = hashlib.sha256(f"{fingerprint(model)} {device} {chunk_tokens}".encode()).hexdigest()[:32]
+        path = Path(platformdirs.user_cache_dir("kvsched")) / "profiles" / f"{name}.json"
+        try:
+            profile = TypeAdapter(cls).validate_json(path.read_bytes())
+            if len(profile.base) == len(profile.per_token) == len(PrefixCache(model.config, 0).layers) + 1:
+                return profile
+        except (OSError, ValidationError):
+            pass  # none was kept, or not by this version: a new one takes its place
+        profile = cls.measure(model, chunk_tokens)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = path.with_suffix(".tmp")
+        draft.write_text(json.dumps(asdict(profile)))
+        draft.replace(path)
+        return profile
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return torch.backends.cpu.get_cpu_capability()
+
+
+class ComputeRate:
+    """Actual over predicted compute time, over the last layers computed."""
+
+    def __init__(self) -> None:
+        self._recent: deque[tuple[float, float]] = deque(maxlen=_WINDOW_LAYERS)
+
+    def observe(self, actual: float, predicted: float) -> None:
+        """Add one layer's seconds."""
+        self._recent.append((actual, predicted))
+
+    @property
+    def factor(self) -> float:
+        """What predictions are to be multiplied by; 1 before anything was observed."""
+        actual, predicted = map(sum, zip(*self._recent, strict=True)) if self._recent else (1.0, 1.0)
+        return actual / predicted if predicted > 0 else 1.0
+
+
+class LinkRate:
+    """Goodput of a link over the last seconds; told by one thread, asked by another.
+
+    Args:
+        goodput: bytes a second to assume until enough has arrived; `None` where nothing is known.
+    """
+
+    def __init__(self, goodput: float | None = None) -> None:
+        self._known = goodput
+        self._arrivals: deque[tuple[float, int]] = deque()
+        self._lock = threading.Lock()
+
+    def observe(self, size: int, now: float) -> None:
+        """`size` bytes arrived at `now` (seconds, monotonic). A size of 0 marks the moment a request was sent."""
+        with self._lock:
+            self._arrivals.append((now, size))
+            while now - self._arrivals[0][0] > _WINDOW_SECONDS:
+                self._arrivals.popleft()
+
+    def goodput(self, now: float) -> float | None:
+        """Bytes a second at `now`; silence counts."""
+        with self._lock:
+            if not self._arrivals:
+                return self._known
+            elapsed = now - self._arrivals[0][0]
+            arrived = sum(size for _, size in self._arrivals) - self._arrivals[0][1]
+        return arrived / elapsed if arrived and elapsed > 0.1 else self._known
