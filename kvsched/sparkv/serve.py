@@ -82,7 +82,7 @@ def _listen(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port))
     except OSError as error:
-        raise StoreError(f"cannot listen on {host}:{port}: {error}. Choose another port, or 0 for a free one.") from error
+        raise StoreError(f"cannot listen on {host}:{port}: {error}. Choose another port, or 0 for any.") from error
 
 
 def _url(listener: socket.socket) -> str:

@@ -1,0 +1,39 @@
+# Everything a developer runs. `make` lists the targets.
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help setup model demo test lint bench
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' Makefile
+
+setup: .venv/.kvsched-installed ## Make .venv/ and install the project with everything tests need
+
+# The stamp is renewed when what is to be installed has changed.
+.venv/.kvsched-installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("kvsched needs Python 3.10 or newer, " \
+	  + sys.executable + " is " + sys.version.split()[0] + ": make setup PYTHON=/path/to/python3")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -c constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install -c constraints.txt -e '.[dev,serve]'
+	@touch $@
+
+model: setup ## Fetch the 0.5B model into the user's cache folder, once
+	@$(BIN)/kvsched model fetch
+
+demo: setup model ## Publish a document, answer about it, decode a long answer; a few minutes
+	@$(BIN)/python -m kvsched_evals.demo
+
+test: setup model ## Run all tests; the last line is pytest's
+	@$(BIN)/python -m pytest
+
+lint: setup ## Check style, formatting and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: setup model ## Run the demo and keep its numbers in evals/results/demo.json
+	@mkdir -p evals/results
+	@$(BIN)/python -m kvsched_evals.demo --json evals/results/demo.json

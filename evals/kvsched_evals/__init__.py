@@ -1,0 +1,1 @@
+"""What measures kvsched: accuracy and benchmark runs, baselines, shaped links and reports."""
