@@ -1,0 +1,213 @@
+"""k-means over many streams at once: uneven numbers of points, no empty clusters, no random numbers."""
+
+from __future__ import annotations
+
+import torch
+
+_DISTANCES_AT_ONCE = 1 << 22
+
+
+def nearest(points: torch.Tensor, centroid: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The nearest centroid of each point by Euclidean distance.
+
+    Keys of models with a bias on the key projection lie far from the origin and close together. Both sides are
+    therefore moved by the first centroid before squares are expanded, which keeps float32 exact enough.
+
+    Args:
+        points: float32 `[S, n, D]`.
+        centroid: float32 `[S, C, D]`, C >= 1.
+        mask: bool `[S, C]`, True where there is a cluster.
+
+    Returns:
+        label int64 `[S, n]` and squared distance float32 `[S, n]` (infinite in a stream without clusters).
+    """
+    origin = centroid[:, :1]
+    moved = centroid - origin
+    norm = moved.square().sum(-1).masked_fill(~mask, float("inf")).unsqueeze(1)
+    rows = max(1, _DISTANCES_AT_ONCE // (centroid.shape[0] * centroid.shape[1]))
+    labels, distances = [], []
+    for part in points.split(rows, dim=1):
+        part = part - origin
+        closest = torch.baddbmm(norm, part, moved.transpose(1, 2), alpha=-2.0).min(dim=-1)
+        labels.append(closest.indices)
+        distances.append((closest.values + part.square().sum(-1)).clamp_min(0.0))
+    return torch.cat(labels, dim=1), torch.cat(distances, dim=1)
+
+
+def moments(points: torch.Tensor, label: torch.Tensor, clusters: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Mean, size and sum of squared deviations of each cluster, in two passes.
+
+    Args:
+        points: float32 `[S, n, D]`.
+        label: int64 `[S, n]`, -1 for points that belong nowhere.
+        clusters: C.
+
+    Returns:
+        centroid float32 `[S, C, D]`, size int64 `[S, C]`, deviation float32 `[S, C]` (summed over channels).
+        A cluster without points has centroid 0.
+    """
+    streams, _, dim = points.shape
+    label = torch.where(label < 0, clusters, label)
+    size = torch.zeros(streams, clusters + 1, dtype=torch.long, device=points.device)
+    size.scatter_add_(1, label, torch.ones_like(label))
+    wide = label.unsqueeze(-1).expand(-1, -1, dim)
+    centroid = points.new_zeros(streams, clusters + 1, dim).scatter_add_(1, wide, points)
+    centroid /= size.clamp_min(1).unsqueeze(-1)
+    spread = (points - centroid.gather(1, wide)).square().sum(-1)
+    deviation = points.new_zeros(streams, clusters + 1).scatter_add_(1, label, spread)
+    return centroid[:, :clusters], size[:, :clusters], deviation[:, :clusters]
+
+
+def kmeans(points: torch.Tensor, mask: torch.Tensor, clusters: torch.Tensor, iterations: int = 10) -> torch.Tensor:
+    """Lloyd's algorithm in every stream at once.
+
+    It starts from points evenly spaced in their order, so the same input always gives the same clusters, and
+    neighbours in the text, whose keys are alike, start apart. A cluster that runs empty takes the point that lies
+    farthest from its centroid.
+
+    Args:
+        points: float32 `[S, n, D]`.
+        mask: bool `[S, n]`, True for the points to cluster.
+        clusters: int64 `[S]`, how many to make; at most as many as the stream has points.
+        iterations: at most; it ends early when nothing moves.
+
+    Returns:
+        label int64 `[S, n]`, -1 where masked; every cluster below `clusters` has a point.
+    """
+    most = int(clusters.max())
+    count = mask.sum(1)
+    if bool((clusters > count).any()):
+        raise ValueError("kmeans: more clusters than points in a stream")
+    label = torch.full(mask.shape, -1, dtype=torch.long, device=points.device)
+    if most == 0:
+        return label
+    each = torch.arange(most, device=points.device)
+    live = each < clusters.unsqueeze(1)
+    spaced = (2 * each + 1) * count.unsqueeze(1) // (2 * clusters.clamp_min(1)).unsqueeze(1)
+    seed = (~mask).to(torch.uint8).argsort(dim=1, stable=True).gather(1, spaced.clamp_max(mask.shape[1] - 1))
+    centroid = points.gather(1, seed.unsqueeze(-1).expand(-1, -1, points.shape[-1]))
+    for _ in range(iterations):
+        closest, distance = nearest(points, centroid, live)
+        closest = _fill_empty(torch.where(mask, closest, -1), distance, live)
+        if torch.equal(closest, label):
+            break
+        label = closest
+        centroid = moments(points, label, most)[0]
+    return label
+
+
+def _fill_empty(label: torch.Tensor, distance: torch.Tensor, live: torch.Tensor) -> torch.Tensor:
+    """Give each empty cluster (bool `live` `[S, C]`) the farthest point that is not the last of its own cluster."""
+    streams, n = label.shape
+    clusters = live.shape[1]
+    bin_ = torch.where(label < 0, clusters, label)
+    index = torch.arange(n, device=label.device).expand(streams, n)
+    # The first point of every cluster stays, so no cluster is emptied to fill another.
+    keeper = torch.full((streams, clusters + 1), n, device=label.device).scatter_reduce_(1, bin_, index, "amin")
+    empty = live & (keeper[:, :clusters] == n)
+    if not empty.any():
+        return label
+    may_move = (label >= 0) & (keeper.gather(1, bin_) != index)
+    farthest = torch.where(may_move, distance, -1.0).argsort(dim=1, descending=True, stable=True)
+    stream, cluster = empty.nonzero(as_tuple=True)
+    label = label.clone()
+    label[stream, farthest[stream, (empty.cumsum(1) - 1)[stream, cluster]]] = cluster
+    return label
+
+
+def two_means(points: torch.Tensor, mask: torch.Tensor, least: float = 0.0, iterations: int = 8) -> torch.Tensor:
+    """Split each set of points in two, both halves non-empty.
+
+    The two centres start at the point farthest from the mean and the point farthest from that one. Where the smaller
+    half would hold less than `least` of the points (or none), the points are cut at the median along the line between
+    the centres instead.
+
+    Args:
+        points: float32 `[N, m, D]`.
+        mask: bool `[N, m]`, at least two True in each set.
+        least: least share of the smaller half, up to 0.5.
+
+    Returns:
+        bool `[N, m]`, True for the second half, False where masked.
+    """
+    count = mask.sum(1, keepdim=True)
+    weight = mask.unsqueeze(-1).to(points.dtype)
+    points = points - ((points * weight).sum(1) / count).unsqueeze(1)
+
+    def farthest_from(centre: torch.Tensor) -> torch.Tensor:
+        far = (points - centre).square().sum(-1).masked_fill(~mask, -1.0).argmax(1)
+        return points[torch.arange(len(points), device=points.device), far].unsqueeze(1)
+
+    first = farthest_from(points.new_zeros(len(points), 1, points.shape[-1]))
+    second = farthest_from(first)
+    side = torch.zeros_like(mask)
+    for _ in range(iterations):
+        nearer = ((points - second).square().sum(-1) < (points - first).square().sum(-1)) & mask
+        if torch.equal(nearer, side):
+            break
+        side = nearer
+        chosen = side.unsqueeze(-1).to(points.dtype)
+        total = side.sum(1, keepdim=True)
+        second = ((points * chosen).sum(1) / total.clamp_min(1)).unsqueeze(1)
+        first = ((points * (weight - chosen)).sum(1) / (count - total).clamp_min(1)).unsqueeze(1)
+
+    smaller = torch.minimum(side.sum(1, keepdim=True), (~side & mask).sum(1, keepdim=True))
+    along = (points * (second - first)).sum(-1).masked_fill(~mask, float("inf"))
+    rank = along.argsort(dim=1, stable=True).argsort(dim=1)
+    return torch.where(smaller < (least * count).clamp_min(1.0), (rank >= count // 2) & mask, side)
+
+
+def members(label: torch.Tensor, stream: torch.Tensor, cluster: torch.Tensor, most: int) -> torch.Tensor:
+    """The points of given clusters, in their order.
+
+    Args:
+        label: int64 `[S, n]`, -1 for points that belong nowhere.
+        stream, cluster: int64 `[N]`, which clusters are meant.
+        most: columns of the answer; points beyond are left out.
+
+    Returns:
+        int64 `[N, most]`, indices into n, -1 behind the last.
+    """
+    clusters = int(label.max()) + 1
+    size = torch.zeros(label.shape[0], clusters + 1, dtype=torch.long, device=label.device)
+    size.scatter_add_(1, label + 1, torch.ones_like(label))  # the points that belong nowhere come first
+    start = size.cumsum(1)[stream, cluster]
+    order = label.argsort(dim=1, stable=True)
+    column = torch.arange(most, device=label.device)
+    place = (start.unsqueeze(1) + column).clamp_max(label.shape[1] - 1)
+    return torch.where(column < size[stream, cluster + 1].unsqueeze(1), order[stream.unsqueeze(1), place], -1)
+
+
+def split_oversized(
+    points: torch.Tensor, label: torch.Tensor, clusters: torch.Tensor, most: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Split clusters in two until none holds more than `most` points.
+
+    The smaller half gets at least a quarter of the points, so even a cluster that swallowed a whole stream is down to
+    size in a few rounds.
+
+    Args:
+        points: float32 `[S, n, D]`.
+        label: int64 `[S, n]`, -1 for points that belong nowhere.
+        clusters: int64 `[S]`, clusters of each stream.
+        most: points a cluster may hold, at least 1.
+
+    Returns:
+        The new `label` and `clusters`.
+    """
+    label, clusters = label.clone(), clusters.clone()
+    while True:
+        width = int(clusters.max())
+        size = torch.zeros(label.shape[0], width + 1, dtype=torch.long, device=label.device)
+        size = size.scatter_add_(1, label + 1, torch.ones_like(label))[:, 1:]
+        stream, cluster = (size > most).nonzero(as_tuple=True)
+        if len(stream) == 0:
+            return label, clusters
+        point = members(label, stream, cluster, int(size.max()))
+        mask = point >= 0
+        rows = stream.unsqueeze(1).expand_as(point)
+        second = two_means(points[rows, point.clamp_min(0)], mask, least=0.25)
+        grown = torch.bincount(stream, minlength=len(clusters))
+        new = clusters[stream] + torch.arange(len(stream), device=label.device) - (grown.cumsum(0) - grown)[stream]
+        label[rows[second], point[second]] = new.unsqueeze(1).expand_as(point)[second]
+        clusters += grown

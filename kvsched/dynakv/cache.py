@@ -1,0 +1,124 @@
+"""DynaKVCache: decode past what DRAM holds, with the keys and values of full-attention layers in clusters on flash.
+
+After DynaKV (arXiv 2511.07427): clusters that follow the decode, flash read by cluster, a DRAM budget over all layers.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedConfig
+from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, Cache, get_layer_types_and_kwargs
+
+from ..config import DynaKVConfig
+from ..errors import UnsupportedModelError
+from .layer import DynaKVLayer
+from .storage import ClusterStorage
+
+
+@dataclass(frozen=True)
+class DynaKVReport:
+    """What a cache holds and what it did so far, over all its clustered layers.
+
+    Args:
+        tokens: tokens seen, padding included.
+        steps: tokens decoded one at a time.
+        clusters, splits: clusters held now, and how often one was split.
+        bytes_read, reads, read_seconds: what was read from flash, in how many reads, and how long decoding waited.
+        bytes_written: what was written to flash.
+        hits, misses: clusters that were asked for and found in DRAM, or not.
+        arena_bytes, index_bytes, dense_bytes: DRAM held by resident clusters; by centroids, sizes and positions; by sinks,
+            recent and waiting tokens.
+        flash_bytes: size of the cluster file.
+        direct: whether the file bypasses the page cache; if not, reads may have come from memory that no budget counts.
+    """
+
+    tokens: int
+    steps: int
+    clusters: int
+    splits: int
+    bytes_read: int
+    reads: int
+    read_seconds: float
+    bytes_written: int
+    hits: int
+    misses: int
+    arena_bytes: int
+    index_bytes: int
+    dense_bytes: int
+    flash_bytes: int
+    direct: bool
+
+    @property
+    def dram_bytes(self) -> int:
+        """All DRAM that the clustered layers hold."""
+        return self.arena_bytes + self.index_bytes + self.dense_bytes
+
+    @property
+    def bytes_read_per_step(self) -> float:
+        """Mean bytes read from flash for each decoded token."""
+        return self.bytes_read / max(1, self.steps)
+
+
+class DynaKVCache(Cache):
+    """A transformers cache for `past_key_values=`, or by name: `generate(cache_implementation="dynakv")`.
+
+    Only full-attention layers are clustered; sliding, linear and other layers stay as transformers has them.
+
+    Args:
+        config: the model's configuration.
+        options: a `DynaKVConfig` or a mapping of its options; `changes` go on top.
+
+    Raises:
+        ConfigError: an option is unknown or invalid.
+        FlashError: the directory is missing, not writable or full.
+        UnsupportedModelError: the model has layers that transformers' own DynamicCache does not know.
+    """
+
+    def __init__(
+        self, config: PreTrainedConfig, options: DynaKVConfig | Mapping[str, Any] | None = None, **changes: Any
+    ) -> None:
+        self.config = DynaKVConfig.merge(options, changes)
+        kinds, arguments = get_layer_types_and_kwargs(config.get_text_config(decoder=True))
+        for kind in kinds:
+            if kind not in DYNAMIC_LAYER_TYPE_MAPPING:
+                raise UnsupportedModelError(f"transformers has no cache for {kind!r} layers; DynaKV cannot serve this model.")
+        self._storage = ClusterStorage(self.config)
+        self._finalizer = weakref.finalize(self, self._storage.close)
+        super().__init__(
+            layers=[
+                DynaKVLayer(self.config, self._storage) if kind == "full_attention" else DYNAMIC_LAYER_TYPE_MAPPING[kind](**given)
+                for kind, given in zip(kinds, arguments)
+            ]
+        )
+
+    def report(self) -> DynaKVReport:
+        """The numbers so far."""
+        storage = self._storage
+        layers = [layer for layer in self.layers if isinstance(layer, DynaKVLayer)]
+        held = [layer for layer in layers if layer.is_initialized]
+        table, counters = storage.residency, storage.flash.counters
+        return DynaKVReport(
+            tokens=max((layer.get_seq_length() for layer in layers), default=0),
+            steps=max((layer.steps for layer in layers), default=0),
+            clusters=sum(int(layer.index.count.sum()) for layer in held),
+            splits=sum(layer.splits for layer in layers),
+            bytes_read=counters.bytes_read,
+            reads=counters.reads,
+            read_seconds=storage.read_seconds,
+            bytes_written=counters.bytes_written,
+            hits=table.hits if table else 0,
+            misses=table.misses if table else 0,
+            arena_bytes=storage.arena_bytes,
+            index_bytes=sum(layer.index.nbytes for layer in held),
+            dense_bytes=sum(layer.dense.nbytes for layer in held),
+            flash_bytes=storage.flash.size,
+            direct=storage.flash.direct,
+        )
+
+    def close(self) -> None:
+        """Give the file's space and the threads back now. It happens by itself when the cache is garbage collected."""
+        self._finalizer()
