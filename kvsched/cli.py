@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from .errors import KVSchedError
 
 
-class _Commands(typer.core.TyperGroup):
+class _Commands(TyperGroup):
     """Shows an error that kvsched raises on purpose as one message, without a traceback."""
 
-    def invoke(self, ctx: typer.Context) -> object:
+    def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except (KVSchedError, ImportError) as error:

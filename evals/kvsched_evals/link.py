@@ -75,6 +75,7 @@ class shaped_link:  # lower case because it is read as a verb: `with shaped_link
         listener = socket.create_server(("127.0.0.1", 0))
         self._loop = asyncio.new_event_loop()
         self._stop = asyncio.Event()
+        self._turn = asyncio.Lock()  # served in the order of asking: no connection goes first
         self._thread = threading.Thread(target=self._run, args=(listener,), name="kvsched-link")
         self._thread.start()
         return self._target._replace(netloc=f"127.0.0.1:{listener.getsockname()[1]}").geturl()
@@ -142,11 +143,13 @@ class shaped_link:  # lower case because it is read as a verb: `with shaped_link
 
     async def _shape_down(self, reader: asyncio.StreamReader, pieces: _Pieces) -> None:
         while data := await reader.read(self._piece_bytes()):
-            # Waiting for the backlog alone, not for each piece to leave, lets a late wake-up be made good.
-            while not (rate := self._mbit * 1e6 / 8) or self._free_at - self._loop.time() > _AHEAD_SECONDS:
-                await asyncio.sleep(_PIECE_SECONDS)
-            self._free_at = max(self._free_at, self._loop.time()) + len(data) / rate
-            await pieces.put((self._free_at + self._rtt / 2, data))
+            async with self._turn:
+                # Waiting for the backlog alone, not for each piece to leave, lets a late wake-up be made good.
+                while not (rate := self._mbit * 1e6 / 8) or self._free_at - self._loop.time() > _AHEAD_SECONDS:
+                    await asyncio.sleep(_PIECE_SECONDS)
+                self._free_at = max(self._free_at, self._loop.time()) + len(data) / rate
+                due = self._free_at + self._rtt / 2
+            await pieces.put((due, data))
         await pieces.put((max(self._free_at, self._loop.time()) + self._rtt / 2, b""))
 
     def _piece_bytes(self) -> int:
