@@ -8,7 +8,7 @@ import socket
 import threading
 import time
 import urllib.parse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -83,47 +83,75 @@ def fetch(client: socket.socket, size: int) -> float:
     return time.perf_counter() - start
 
 
+def takes(seconds: float, measure: Callable[[], float]) -> None:
+    """Check what `measure()` returns, to 5 % or 20 ms. A busy machine may be late, so one of three in time will do; a
+    link that is too fast is wrong at once."""
+    tolerance = max(0.05 * seconds, 0.02)
+    times = []
+    for _ in range(3):
+        times.append(measure())
+        assert times[-1] > seconds - tolerance
+        if times[-1] < seconds + tolerance:
+            return
+    pytest.fail(f"took {times} s, expected {seconds} s")
+
+
 @pytest.mark.parametrize("mbit", [4, 16, 64])
 def test_goodput_is_the_rate_asked_for(source: Source, mbit: int) -> None:
     size = int(mbit * 1e6 / 8 * 1.5)
     with shaped_link(source.url, mbit=mbit) as url, connect(url) as client:
-        fetch(client, 1)
-        assert size * 8 / 1e6 / fetch(client, size) == pytest.approx(mbit, rel=0.05)
+        takes(1.5, lambda: fetch(client, size))
 
 
 def test_short_transfers_are_shaped_too(source: Source) -> None:
     with shaped_link(source.url, mbit=4) as url, connect(url) as client:
-        fetch(client, 1)
-        assert fetch(client, 50_000) == pytest.approx(0.1, abs=0.02)
+        takes(0.1, lambda: fetch(client, 50_000))
 
 
 def test_connections_share_the_link(source: Source) -> None:
-    size = 500_000
-    link = shaped_link(source.url, mbit=16)
-    with link as url, connect(url) as one, connect(url) as two, ThreadPoolExecutor(2) as pool:
-        start = time.perf_counter()
-        times = list(pool.map(fetch, (one, two), (size, size)))
-        total = time.perf_counter() - start
-    assert 2 * size * 8 / 1e6 / total == pytest.approx(16, rel=0.05)
-    assert min(times) > 0.7 * max(times), "neither goes first"
+    with (
+        shaped_link(source.url, mbit=16) as url,
+        connect(url) as one,
+        connect(url) as two,
+        ThreadPoolExecutor(2) as pool,
+    ):
+
+        def both() -> float:
+            times = list(pool.map(fetch, (one, two), (1_000_000, 1_000_000)))
+            assert min(times) > 0.7 * max(times), "neither goes first"
+            return max(times)
+
+        takes(1.0, both)
 
 
 def test_the_round_trip_delays_and_does_not_limit(source: Source) -> None:
-    with shaped_link(source.url, mbit=32, rtt_ms=200) as url, connect(url) as client:
-        assert fetch(client, 1) == pytest.approx(0.4, abs=0.05), "a new connection costs one round trip more"
-        assert fetch(client, 1) == pytest.approx(0.2, abs=0.05)
-        assert fetch(client, 4_000_000) == pytest.approx(1.2, rel=0.05)
+    with shaped_link(source.url, mbit=32, rtt_ms=200) as url:
+
+        def first() -> float:
+            with connect(url) as client:
+                return fetch(client, 1)
+
+        takes(0.4, first)  # a new connection costs one round trip more
+        with connect(url) as client:
+            fetch(client, 1)
+            takes(0.2, lambda: fetch(client, 1))
+            takes(1.2, lambda: fetch(client, 4_000_000))
 
 
 def test_the_rate_changes_while_bytes_flow(source: Source) -> None:
     link = shaped_link(source.url, mbit=8)
     with link as url, connect(url) as client:
-        start = time.perf_counter()
-        ask(client, 1_500_000)
-        receive(client, 500_000)
-        link.mbit = 32
-        receive(client, 1_000_000)
-        assert time.perf_counter() - start == pytest.approx(0.5 + 0.25, abs=0.08)
+
+        def slow_then_fast() -> float:
+            link.mbit = 8
+            start = time.perf_counter()
+            ask(client, 2_500_000)
+            receive(client, 500_000)
+            link.mbit = 32
+            receive(client, 2_000_000)
+            return time.perf_counter() - start
+
+        takes(0.5 + 0.5 + 0.04, slow_then_fast)  # 50 ms were on their way at the old rate, and would take 12 at the new
 
 
 def test_a_stalled_link_passes_nothing_and_then_goes_on(source: Source) -> None:
