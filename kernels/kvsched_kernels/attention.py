@@ -19,7 +19,7 @@ def decode_attention(
     Args:
         query: `[S, G, D]`, the query heads that share a KV head.
         key: `[S, n, D]`, value: `[S, n, Dv]`, any floating dtype. Masked entries may hold any finite numbers.
-        mask: bool `[S, n]`, True where an entry takes part; at least one in every stream.
+        mask: bool `[S, n]`, True where an entry takes part. A stream without any gets finite numbers without meaning.
         scaling: factor on the scores before the softmax.
         softcap: scores become `softcap * tanh(score / softcap)` (Gemma 2).
         sinks: `[S, G]`, a learned score per query head that takes part in the softmax with no value (GPT-OSS).
@@ -30,7 +30,7 @@ def decode_attention(
     score = torch.matmul(query.float(), key.float().transpose(1, 2)) * scaling
     if softcap is not None:
         score = torch.tanh(score / softcap) * softcap
-    score = score.masked_fill(~mask.unsqueeze(1), float("-inf"))
+    score = score.masked_fill(~mask.unsqueeze(1), torch.finfo(torch.float32).min)
     if sinks is not None:
         score = torch.cat([score, sinks.float().unsqueeze(-1)], dim=-1)
     weight = score.softmax(dim=-1)

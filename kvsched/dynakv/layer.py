@@ -104,7 +104,7 @@ class DynaKVLayer(CacheLayerMixin):
         """See `kvsched.attention.CacheAttention`. Decoding returns no weights.
 
         Raises:
-            InputError: the newest token of a row is padding.
+            InputError: a row ends in padding.
             UnsupportedModelError: the mask is of a kind that does not show padding, or attention needs a position bias.
             ConfigError: `dram` cannot hold the clusters of one step.
             FlashError: the cluster file could not be read, written or grown.
@@ -422,7 +422,7 @@ def real_tokens(mask: Any, batch: int, new: int, device: torch.device) -> torch.
             (eager); or `[B, kv]`, 0 for padding (flash attention).
 
     Raises:
-        InputError: the newest token of a row is padding.
+        InputError: a row that has begun ends in padding.
         UnsupportedModelError: the mask is none of these.
     """
     if mask is None:
@@ -434,10 +434,10 @@ def real_tokens(mask: Any, batch: int, new: int, device: torch.device) -> torch.
         )
     seen = mask if mask.ndim == 2 else mask[:, 0, -1]
     seen = seen > torch.finfo(seen.dtype).min / 2 if seen.is_floating_point() and mask.ndim == 4 else seen != 0
-    real = seen[:, -new:].expand(batch, -1)
-    if not bool(real[:, -1].all()):
+    # A row may be all padding so far: a chunk of a prompt that is much shorter than its neighbours.
+    if bool((seen.any(1) & ~seen[:, -1]).any()):
         raise InputError(
             "the attention mask ends in padding. Decoding goes on from the last token of every row, so pad on the left: "
             "tokenizer.padding_side = 'left'."
         )
-    return real
+    return seen[:, -new:].expand(batch, -1)

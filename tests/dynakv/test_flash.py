@@ -1,0 +1,194 @@
+"""The cluster file: direct where the file system allows it, complete or an error, and nothing left behind."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import gc
+import mmap
+import os
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from kvsched import DynaKVCache
+from kvsched.dynakv import flash
+from kvsched.dynakv.flash import ALIGNMENT, FlashFile, aligned
+from kvsched.errors import FlashError
+from transformers import Qwen2Config
+
+HERE = Path(__file__).parent
+
+
+def pages(count: int) -> memoryview:
+    return memoryview(mmap.mmap(-1, count * ALIGNMENT))
+
+
+def page(memory: memoryview, number: int) -> memoryview:
+    return memory[number * ALIGNMENT : (number + 1) * ALIGNMENT]
+
+
+def write_and_read_back(file: FlashFile, count: int = 50) -> None:
+    source, target = pages(count), pages(count)
+    source[:] = os.urandom(len(source))
+    file.reserve(count * ALIGNMENT)
+    file.wait(file.write([(i * ALIGNMENT, page(source, i)) for i in range(count)]))
+    file.wait(file.read([(i * ALIGNMENT, page(target, i)) for i in range(count)]))
+    assert target == source
+    assert file.counters == flash.FlashCounters(count, count * ALIGNMENT, count * ALIGNMENT)
+
+
+def test_direct_io_on_this_file_system(tmp_path):
+    file = FlashFile(HERE, 4)
+    assert file.direct
+    assert fcntl.fcntl(file._fd, fcntl.F_GETFL) & os.O_DIRECT
+    write_and_read_back(file)
+    file.close()
+
+
+@pytest.mark.parametrize("refuse_at", ["open", "first transfer"])
+def test_falls_back_where_direct_io_is_refused(tmp_path, monkeypatch, refuse_at):
+    original_open, original_write = os.open, os.pwritev
+
+    def refuse_open(path, flags, *args, **kwargs):
+        if flags & os.O_DIRECT:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return original_open(path, flags, *args, **kwargs)
+
+    def refuse_write(fd, *args):
+        if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return original_write(fd, *args)
+
+    if refuse_at == "open":
+        monkeypatch.setattr(os, "open", refuse_open)
+    else:
+        monkeypatch.setattr(os, "pwritev", refuse_write)
+    file = FlashFile(tmp_path, 2)
+    assert not file.direct
+    write_and_read_back(file)
+    file.close()
+
+
+def test_without_nameless_files_the_name_is_gone_at_once(tmp_path, monkeypatch):
+    original = os.open
+
+    def no_tmpfile(path, flags, *args, **kwargs):
+        if flags & os.O_TMPFILE == os.O_TMPFILE:
+            raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+        return original(path, flags, *args, **kwargs)
+
+    monkeypatch.setattr(os, "open", no_tmpfile)
+    file = FlashFile(tmp_path, 2)
+    assert list(tmp_path.iterdir()) == []
+    write_and_read_back(file)
+    file.close()
+
+
+@pytest.mark.parametrize(
+    ("failure", "message"),
+    [
+        (OSError(errno.EIO, "Input/output error"), "Input/output error.*Check the device"),
+        (OSError(errno.ENOSPC, "No space left on device"), "No space left.*another device"),
+        (512, "stopped after 512"),
+        (0, "stopped after 0"),
+    ],
+)
+@pytest.mark.parametrize("verb", ["read", "write"])
+def test_a_transfer_that_fails_or_is_incomplete(tmp_path, monkeypatch, verb, failure, message):
+    file = FlashFile(tmp_path, 3)
+    file.reserve(8 * ALIGNMENT)
+    name = "preadv" if verb == "read" else "pwritev"
+    original = getattr(os, name)
+
+    def fail(fd, buffers, offset):
+        if offset != 5 * ALIGNMENT:
+            return original(fd, buffers, offset)
+        if isinstance(failure, OSError):
+            raise failure
+        return failure
+
+    monkeypatch.setattr(os, name, fail)
+    memory = pages(8)
+    futures = getattr(file, verb)([(i * ALIGNMENT, page(memory, i)) for i in range(8)])
+    with pytest.raises(FlashError, match=message) as caught:
+        file.wait(futures)
+    assert str(tmp_path) in str(caught.value)
+    assert all(future.done() for future in futures)
+    file.close()
+
+
+def test_reading_past_the_end_is_an_error(tmp_path):
+    file = FlashFile(tmp_path, 1)
+    file.reserve(ALIGNMENT)
+    with pytest.raises(FlashError, match="stopped after 0"):
+        file.wait(file.read([(4 * ALIGNMENT, pages(1))]))
+    file.close()
+
+
+def test_growing_beyond_the_device(tmp_path):
+    file = FlashFile(tmp_path, 1)
+    free = os.statvfs(tmp_path).f_bavail * os.statvfs(tmp_path).f_frsize
+    with pytest.raises(FlashError, match=rf"cannot grow the cluster file in {tmp_path}: No space left") as caught:
+        file.reserve(aligned(2 * free))
+    assert "another device" in str(caught.value)
+    file.close()
+
+
+@pytest.mark.parametrize(
+    ("directory", "message"),
+    [
+        ("missing", "No such file or directory. Create it"),
+        ("file", "Not a directory. Choose a directory, not a file"),
+    ],
+)
+def test_a_directory_that_is_none(tmp_path, directory, message):
+    (tmp_path / "file").touch()
+    with pytest.raises(FlashError, match=message) as caught:
+        FlashFile(tmp_path / directory, 1)
+    assert str(tmp_path / directory) in str(caught.value)
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EROFS])
+def test_a_directory_that_cannot_be_written(tmp_path, monkeypatch, code):
+    def refuse(*args, **kwargs):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(FlashError, match="Choose a directory that you may write to"):
+        FlashFile(tmp_path, 1)
+
+
+def flash_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith("kvsched-flash")]
+
+
+@pytest.mark.parametrize("how", ["close", "garbage collection"])
+def test_nothing_is_left(tmp_path, how):
+    gc.collect()
+    before = len(os.listdir("/proc/self/fd")), len(flash_threads())
+    cache = DynaKVCache(Qwen2Config(num_hidden_layers=2), directory=tmp_path, max_cluster_size=16)
+    for layer in cache.layers:
+        states = torch.randn(1, 2, 300, 16)
+        key, value = layer.update(states, states)
+        layer.attention(lambda *args, **kwargs: (key, None), None, states, key, value, None)
+    assert cache.report().clusters > 0
+    assert cache.report().flash_bytes > 0
+    assert (len(os.listdir("/proc/self/fd")), len(flash_threads())) != before
+    assert list(tmp_path.iterdir()) == []
+    if how == "close":
+        cache.close()
+        cache.close()
+    else:
+        del cache, layer, key
+        gc.collect()
+    assert (len(os.listdir("/proc/self/fd")), len(flash_threads())) == before
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_closed_cache_says_so(tmp_path):
+    file = FlashFile(tmp_path, 1)
+    file.close()
+    with pytest.raises(FlashError, match="closed"):
+        file.read([(0, pages(1))])

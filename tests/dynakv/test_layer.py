@@ -1,0 +1,221 @@
+"""One layer against a plain record of what it was given: every token in exactly one place, back bit for bit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from kvsched import DynaKVConfig
+from kvsched.dynakv.layer import DynaKVLayer, real_tokens
+from kvsched.dynakv.storage import ClusterStorage
+from kvsched.errors import ConfigError, InputError, UnsupportedModelError
+
+HEADS, DIM = 2, 8
+SLOT = 4096
+OPTIONS = {"sinks": 4, "recent": 8, "cluster_size": 4, "max_cluster_size": 6, "budget": 24, "io_threads": 2}
+
+
+class Recorded:
+    """A layer, and beside it all entries `[rows, HEADS, n, 2 * DIM]` it was given and which of them are real `[rows, n]`."""
+
+    def __init__(self, storage: ClusterStorage, options: DynaKVConfig, rows: int, seed: int) -> None:
+        self.layer = DynaKVLayer(options, storage)
+        self.draw = torch.Generator().manual_seed(seed)
+        self.entries = torch.zeros(rows, HEADS, 0, 2 * DIM)
+        self.real = torch.zeros(rows, 0, dtype=torch.bool)
+
+    def feed(self, new: int, padding: list[int] | None = None) -> torch.Tensor:
+        """Give `new` tokens, the first `padding[row]` of them padding, and ask for attention."""
+        rows = len(self.real)
+        fresh = torch.randn(rows, HEADS, new, 2 * DIM, generator=self.draw)
+        # Keys drift, as in a long decode: later ones lie elsewhere.
+        fresh[..., :DIM] += self.entries.shape[2] * 0.05
+        real = torch.ones(rows, new, dtype=torch.bool)
+        for row, count in enumerate(padding or []):
+            real[row, : min(count, new - 1)] = False
+        self.entries, self.real = torch.cat([self.entries, fresh], 2), torch.cat([self.real, real], 1)
+        key, value = self.layer.update(fresh[..., :DIM], fresh[..., DIM:])
+        query = torch.randn(rows, 2 * HEADS, new, DIM, generator=self.draw)
+        mask = self.real[:, None, None].expand(-1, 1, new, -1)
+        whole = []
+        output, _ = self.layer.attention(
+            lambda *args, **kwargs: (whole.append(args[2:4]), None), None, query, key, value, mask
+        )
+        if whole:
+            assert torch.equal(torch.cat(whole[0], -1)[self.real_entries()], self.entries[self.real_entries()])
+        return output
+
+    def real_entries(self) -> torch.Tensor:
+        return self.real.unsqueeze(1).expand(-1, HEADS, -1)
+
+    def select(self, rows: torch.Tensor) -> None:
+        self.entries, self.real = self.entries[rows], self.real[rows]
+
+    def check(self) -> list[int]:
+        """Compare everything; returns the addresses of the layer's clusters."""
+        layer = self.layer
+        assert layer.get_seq_length() == self.entries.shape[2]
+        if not layer.is_initialized:
+            return []
+        dense = layer.dense.position[:, layer.dense.used]
+        stream, cluster = layer.index.clusters()
+        places: list[list[int]] = [row[row >= 0].tolist() for row in dense]
+        for s, c in zip(stream.tolist(), cluster.tolist()):
+            size = int(layer.index.size[s, c])
+            assert 1 <= size <= layer.config.max_cluster_size
+            places[s] += layer.index.position[s, c, :size].tolist()
+        for s, held in enumerate(places):
+            assert sorted(held) == self.real[s // HEADS].nonzero().flatten().tolist()
+        assert ((dense[:, layer.dense.waiting] >= 0).sum(1) <= 64).all()
+
+        entries, present = layer._read_back(layer.get_seq_length())
+        entries, present = entries.view_as(self.entries), present.view(len(self.real), HEADS, -1)
+        assert torch.equal(present, self.real_entries())
+        assert torch.equal(entries[present], self.entries[present])
+        keys = layer.index.centroid[stream, cluster].double()
+        for s, c, mean in zip(stream.tolist(), cluster.tolist(), keys):
+            size = int(layer.index.size[s, c])
+            own = self.entries[s // HEADS, s % HEADS, layer.index.position[s, c, :size].long(), :DIM].double()
+            torch.testing.assert_close(own.mean(0), mean, atol=1e-4, rtol=1e-5)
+            deviation = (own - own.mean(0)).square().sum()
+            torch.testing.assert_close(layer.index.deviation[s, c].double(), deviation, atol=1e-3, rtol=1e-3)
+        return layer.index.address[stream, cluster].tolist()
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.data())
+def test_every_token_in_one_place_and_back_bit_for_bit(data):
+    options = DynaKVConfig(dram=150 * SLOT, **OPTIONS)
+    storage = ClusterStorage(options)
+    try:
+        rows = data.draw(st.integers(1, 2))
+        layers = [Recorded(storage, options, rows, seed) for seed in (1, 2)]
+        padding = data.draw(st.lists(st.integers(0, 120), min_size=rows, max_size=rows))
+        prompt = data.draw(st.integers(1, 160))
+        for each in layers:
+            each.feed(prompt, padding)
+        steps = ["decode", "decode", "many", "crop", "deep crop", "reorder", "repeat", "select", "reset"]
+        for step in data.draw(st.lists(st.sampled_from(steps), min_size=1, max_size=8)):
+            amount = data.draw(st.integers(1, 40))
+            rows, seen = len(layers[0].real), layers[0].layer.get_seq_length()
+            order = torch.tensor(data.draw(st.lists(st.integers(0, rows - 1), min_size=rows, max_size=rows)))
+            for each in layers:
+                if step == "decode" and seen:
+                    for _ in range(amount):
+                        each.feed(1)
+                elif step == "many" or (step == "decode" and not seen):
+                    each.feed(amount, padding[: len(each.real)])
+                elif step in ("crop", "deep crop") and seen:
+                    count = min(seen, amount // 10 + 1 if step == "crop" else 2 * amount)
+                    each.layer.crop(-count)
+                    each.entries, each.real = each.entries[:, :, : seen - count], each.real[:, : seen - count]
+                elif step == "reorder" and seen:
+                    each.layer.reorder_cache(order)
+                    each.select(order)
+                elif step == "repeat" and seen and rows == 1:
+                    each.layer.batch_repeat_interleave(2)
+                    each.select(torch.tensor([0, 0]))
+                elif step == "select" and seen and rows == 2:
+                    each.layer.batch_select_indices(order[:1])
+                    each.select(order[:1])
+                elif step == "reset":
+                    each.layer.reset()
+                    each.entries, each.real = each.entries[:, :, :0], each.real[:, :0]
+            addresses = [address for each in layers for address in each.check()]
+            assert len(set(addresses)) == len(addresses) == storage.pool.used
+    finally:
+        storage.close()
+
+
+def long_decode(options: DynaKVConfig, steps: int = 400) -> tuple[Recorded, Recorded, ClusterStorage]:
+    storage = ClusterStorage(options)
+    layers = Recorded(storage, options, 1, 1), Recorded(storage, options, 1, 2)
+    for each in layers:
+        each.feed(100)
+    for _ in range(steps):
+        for each in layers:
+            each.feed(1)
+    return *layers, storage
+
+
+def test_a_long_decode_splits_evicts_waits_and_loses_nothing():
+    first, second, storage = long_decode(DynaKVConfig(dram=70 * SLOT, **OPTIONS))
+    assert first.layer.splits > 20
+    assert (first.layer.dense.position[:, first.layer.dense.waiting] >= 0).any()
+    assert storage.flash.counters.bytes_written > 0
+    assert storage.flash.counters.reads > 100
+    first.check()
+    second.check()
+    storage.close()
+
+
+@pytest.mark.parametrize("storage", ["float16", "bfloat16"])
+def test_narrower_storage_rounds_once(storage):
+    layer, _, tiers = long_decode(DynaKVConfig(dram=150 * SLOT, storage=storage, **OPTIONS), steps=60)
+    got = layer.layer._read_back(160)[0].view_as(layer.entries)
+    rounded = layer.entries.to(getattr(torch, storage)).float()
+    same, exact = (got == rounded).all(-1), (got == layer.entries).all(-1)
+    assert (same | exact).all()
+    assert same.sum() > same.numel() // 2 and exact.any() and not exact.all()
+    tiers.close()
+
+
+def test_a_budget_of_dram_that_is_too_small_says_what_would_do():
+    with pytest.raises(ConfigError, match=r"dram=5000 bytes is less than two clusters.*8192 bytes"):
+        long_decode(DynaKVConfig(dram=5000, **OPTIONS), steps=0)
+    with pytest.raises(ConfigError, match=r"dram=16384 bytes cannot hold .* Set dram to at least \d+ bytes"):
+        long_decode(DynaKVConfig(dram=4 * SLOT, **OPTIONS), steps=1)
+
+
+def test_cropping_inside_the_recent_window_reads_nothing():
+    layer, _, storage = long_decode(DynaKVConfig(dram=70 * SLOT, **OPTIONS), steps=20)
+    admitted = storage.table.hits + storage.table.misses
+    layer.layer.crop(-5)
+    assert storage.table.hits + storage.table.misses == admitted
+    assert layer.layer.get_seq_length() == 115
+    storage.close()
+
+
+def test_attention_that_passes_the_layer_by_is_noticed():
+    storage = ClusterStorage(DynaKVConfig(**OPTIONS))
+    layer = DynaKVLayer(DynaKVConfig(**OPTIONS), storage)
+    states = torch.randn(1, HEADS, 30, DIM)
+    layer.update(states, states)
+    with pytest.raises(UnsupportedModelError, match=r"kvsched.enable\(\)"):
+        layer.update(states[:, :, :1], states[:, :, :1])
+    storage.close()
+
+
+def test_keys_shared_by_two_layers_are_taken_in_once():
+    options = DynaKVConfig(dram=150 * SLOT, **{**OPTIONS, "budget": 1000})
+    storage = ClusterStorage(options)
+    record = Recorded(storage, options, 1, 1)
+    record.feed(60)
+    for step in range(30):
+        states = torch.randn(1, HEADS, 1, 2 * DIM)
+        key, value = record.layer.update(states[..., :DIM], states[..., DIM:])
+        query = torch.randn(1, 2 * HEADS, 1, DIM)
+        answers = [record.layer.attention(None, None, query, key, value, None)[0] for _ in range(2)]
+        assert torch.equal(*answers)
+        assert record.layer.get_seq_length() == 61 + step
+    storage.close()
+
+
+def test_reading_padding_off_a_mask():
+    left = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+    causal = torch.ones(5, 5, dtype=torch.bool).tril()
+    sdpa = (causal & left.bool()[:, None, :])[:, None]
+    eager = torch.where(sdpa, 0.0, torch.finfo(torch.float32).min)
+    for mask in (left, sdpa, eager, torch.where(sdpa, 0.0, float("-inf"))):
+        assert torch.equal(real_tokens(mask, 2, 5, torch.device("cpu")), left.bool())
+        assert torch.equal(real_tokens(mask, 2, 4, torch.device("cpu")), left[:, 1:].bool())
+    assert real_tokens(None, 2, 5, torch.device("cpu")).all()
+    assert real_tokens(sdpa[1:], 3, 5, torch.device("cpu")).shape == (3, 5)
+    assert real_tokens(sdpa[:, :, :2, :2], 2, 2, torch.device("cpu")).tolist() == [[False, False], [True, True]]
+    right = (causal & left.flip(1).bool()[:, None, :])[:, None]
+    for mask in (left.flip(1), right):
+        with pytest.raises(InputError, match="padding_side"):
+            real_tokens(mask, 2, 5, torch.device("cpu"))
+    with pytest.raises(UnsupportedModelError, match="sdpa"):
+        real_tokens(object(), 2, 5, torch.device("cpu"))
