@@ -55,7 +55,7 @@ def carry(key: torch.Tensor, layer: CacheAttention) -> torch.Tensor:
     return key
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _ask_layer_first(inner: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(inner)
     def attention(module: Any, query: Any, key: Any, value: Any, attention_mask: Any = None, **kwargs: Any) -> Any:
@@ -68,7 +68,9 @@ def _ask_layer_first(inner: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @functools.wraps(_original_get_interface)
-def _get_interface(self: AttentionInterface, attn_implementation: str, default: Callable[..., Any]) -> Callable[..., Any]:
+def _get_interface(
+    self: AttentionInterface, attn_implementation: str, default: Callable[..., Any]
+) -> Callable[..., Any]:
     return _ask_layer_first(_original_get_interface(self, attn_implementation, default))
 
 

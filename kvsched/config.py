@@ -72,10 +72,13 @@ class CacheConfig:
         return cls(**options)
 
     @classmethod
-    def merge(cls: type[_Config], options: _Config | Mapping[str, Any] | None, changes: Mapping[str, Any]) -> _Config:
+    def merge(
+        cls: type[_Config], options: CacheConfig | Mapping[str, Any] | None, changes: Mapping[str, Any]
+    ) -> _Config:
         """`options` with `changes` on top, checked; what both caches accept in their constructors."""
-        given = {f.name: getattr(options, f.name) for f in dataclasses.fields(cls)} if isinstance(options, cls) else options
-        return cls.from_dict({**(given or {}), **changes})
+        if isinstance(options, CacheConfig):
+            options = {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
+        return cls.from_dict({**(options or {}), **changes})
 
     @classmethod
     def from_yaml(cls: type[_Config], path: str | Path) -> _Config:

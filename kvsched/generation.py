@@ -21,7 +21,7 @@ from .dynakv.cache import DynaKVCache
 from .errors import InputError, UnsupportedModelError
 from .sparkv.cache import SparKVCache
 
-CACHES = {"sparkv": SparKVCache, "dynakv": DynaKVCache}
+CACHES: dict[str, type[SparKVCache] | type[DynaKVCache]] = {"sparkv": SparKVCache, "dynakv": DynaKVCache}
 
 _original_names = configuration_utils.ALL_CACHE_IMPLEMENTATIONS
 _original_prepare = GenerationMixin._prepare_cache_for_generation
@@ -50,7 +50,12 @@ def _prepare_cache_for_generation(
 
 @functools.wraps(_original_prefill)
 def _prefill(
-    self: Any, input_ids: torch.LongTensor, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    self: Any,
+    input_ids: torch.LongTensor,
+    generation_config: Any,
+    model_kwargs: dict[str, Any],
+    *args: Any,
+    **kwargs: Any,
 ) -> Any:
     cache = model_kwargs.get("past_key_values")
     mask = model_kwargs.get("attention_mask")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import weakref
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ import torch
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-LAYOUT_VERSION = 1
+LAYOUT_VERSION: Literal[1] = 1
 """Raised whenever the bytes of a chunk object change their meaning."""
 
 _SAMPLES = 4096

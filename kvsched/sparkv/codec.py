@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import math
 from dataclasses import dataclass
-from typing import Annotated, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -103,12 +103,12 @@ class LayerEntry:
 class ChunkHeader:
     """What a chunk object says of itself; `layers` in the order of their payloads, last layer first."""
 
+    version: Literal[1]  # LAYOUT_VERSION
     codec: Literal["lossless"]
     dtype: Literal["float32", "float16", "bfloat16"]
     position: Size
     tokens: Count
     layers: tuple[LayerEntry, ...]
-    version: Literal[1] = LAYOUT_VERSION
 
     def to_bytes(self) -> bytes:
         """Magic, length and JSON, as they stand at the start of the object."""
@@ -163,11 +163,11 @@ def encode_chunk(
         entries.append(LayerEntry(index, _shape(keys), _shape(values), len(key_bytes), len(payload), digest))
         payloads.append(payload)
     first = layers[0][0]
-    header = ChunkHeader(codec, str(first.dtype).removeprefix("torch."), position, first.shape[1], tuple(entries))
+    dtype: Any = str(first.dtype).removeprefix("torch.")
+    header = ChunkHeader(LAYOUT_VERSION, codec, dtype, position, first.shape[1], tuple(entries))
     return header, b"".join([header.to_bytes(), *payloads])
 
 
 def _shape(tensor: torch.Tensor) -> tuple[int, int, int]:
     heads, tokens, head_dim = tensor.shape
     return heads, tokens, head_dim
-

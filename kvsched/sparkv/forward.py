@@ -106,9 +106,13 @@ class PrefixCache(Cache):
 
     @torch.no_grad()
     def compute(
-        self, model: PreTrainedModel, token_ids: torch.Tensor, start: int, go_on: Callable[[int], bool] = lambda layer: True
+        self,
+        model: PreTrainedModel,
+        token_ids: torch.Tensor,
+        start: int,
+        go_on: Callable[[int], bool] = lambda layer: True,
     ) -> None:
-        """Run `model` on `token_ids` `[1, n]` at position `start`, writing the keys and values of each layer it reaches.
+        """Run `model` on `token_ids` `[1, n]` at position `start`; keeps keys and values of each layer it reaches.
 
         Args:
             go_on: asked with the index of every layer whose keys and values have just been written; the forward ends

@@ -8,6 +8,7 @@ go on without ever waiting for a stream.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -38,4 +39,4 @@ class Grid:
     def is_staircase(self, depths: Sequence[int]) -> bool:
         """Whether `depths` (one a chunk) lie in `[0, layers]` and never rise."""
         steps = [self.layers, *depths, 0]
-        return len(depths) == self.chunks and all(above >= below for above, below in zip(steps, steps[1:], strict=False))
+        return len(depths) == self.chunks and all(above >= below for above, below in itertools.pairwise(steps))

@@ -87,11 +87,12 @@ class Loader:
         )
         self.plans, self.compute_seconds = 0, 0.0
         self.predicted_seconds: float | None = None
+        self._begin = self._planned_at = time.monotonic()
 
     def run(self) -> LoadResult:
         """Load the prefix; returns when every chunk has every layer."""
-        self._begin = self._planned_at = time.monotonic()
         progress, chunk = self.progress, 0
+        self._begin = time.monotonic()
         self._plan(0, 0)
         with self.streamer.running():
             while progress.link_error is None:
@@ -130,14 +131,19 @@ class Loader:
         with progress.changed:
             streamed = progress.streamed.copy()
             # A chunk that cannot be streamed costs the stream nothing; it is computed at the end.
-            open_bytes = np.where(np.isin(np.arange(self.grid.chunks), list(progress.damaged))[:, None], 0, self.layer_bytes)
+            open_bytes = np.where(
+                np.isin(np.arange(self.grid.chunks), list(progress.damaged))[:, None], 0, self.layer_bytes
+            )
         open_bytes = open_bytes * (np.arange(layers) < streamed[:, None])
         settled = sum(open_bytes[t, progress.computed[t] :].sum() for t in range(chunk))
+        # Depth d needs the attention of layers below d - 1, so those of every earlier chunk have to be in place.
+        waiting = [t for t in range(chunk) if progress.computed[t] < streamed[t]]
+        reach = min([layers, *(progress.computed[t] + 1 for t in waiting)])
         rest = slice(chunk, self.grid.chunks)
 
         compute = self.compute_table[rest] * self.compute_rate.factor
         compute[0] -= compute[0, layers_done]
-        compute[np.arange(layers + 1) > np.maximum(streamed[rest, None], layers_done)] = np.inf
+        compute[np.arange(layers + 1) > np.maximum(np.minimum(streamed[rest, None], reach), layers_done)] = np.inf
         compute[0, :layers_done] = np.inf
         # stream[t, d]: bytes of layers d.. that have not arrived, as seconds. Until anything is known of the link, it
         # is taken to be as fast as computing; the first bytes put that right.
@@ -153,8 +159,7 @@ class Loader:
             self.predicted_seconds = self._planned_at - self._begin + makespan(compute, stream, depths)
         with progress.changed:
             progress.target[rest] = depths
-        if self.plans > 1:
-            self.streamer.wake()
+        self.streamer.wake()
 
     def _compute_to_target(self, chunk: int) -> None:
         begin = last = time.perf_counter()

@@ -12,7 +12,7 @@ from typing import Annotated
 from pydantic import Field, TypeAdapter, ValidationError
 
 from ..errors import ChunkError
-from .codec import MAX_HEADER, ChunkHeader, Count, Digest, Size
+from .codec import MAX_HEADER, Count, Digest, Size
 
 
 @dataclass(frozen=True)

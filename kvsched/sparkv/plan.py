@@ -64,7 +64,9 @@ def optimal(compute: np.ndarray, stream: np.ndarray) -> np.ndarray:
             least[d, used:][better] = here[better]
             choices[t, d, used:][better] = d
     ends = np.maximum(np.arange(_STEPS + 1) * step, least[-1])
-    candidates = [_walk(choices, steps, int(end)) for end in np.argsort(ends, kind="stable")[:8] if np.isfinite(ends[end])]
+    candidates = [
+        _walk(choices, steps, int(end)) for end in np.argsort(ends, kind="stable")[:8] if np.isfinite(ends[end])
+    ]
     return min([*candidates, *simple], key=lambda depths: makespan(compute, stream, depths))
 
 

@@ -103,6 +103,4 @@ def publish(
             manifest = Manifest(name, config.codec, config.chunk_tokens, tuple(entries)).to_bytes()
             target.put(manifest_path(address), manifest)
             bytes_written += len(manifest)
-    return PublishReport(
-        grid.tokens, grid.chunks, chunks_written, bytes_written, kv_bytes, time.perf_counter() - begin
-    )
+    return PublishReport(grid.tokens, grid.chunks, chunks_written, bytes_written, kv_bytes, time.perf_counter() - begin)

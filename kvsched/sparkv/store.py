@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Coroutine, Iterable
+from collections.abc import AsyncGenerator, Coroutine, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -85,7 +85,7 @@ class Store:
         except FileNotFoundError as error:
             raise StoreError(f"{path} is not in {self.uri}") from error
 
-    async def read(self, path: str, start: int, stop: int) -> AsyncIterator[bytes]:
+    async def read(self, path: str, start: int, stop: int) -> AsyncGenerator[bytes, None]:
         """Bytes `[start, stop)` of an object, in pieces as they arrive; closing the iterator ends the request.
 
         Raises:
@@ -125,7 +125,7 @@ class Store:
 
     def _error(self, error: Exception) -> StoreError:
         reason = _first_line(error) or f"no answer within {self.connect_timeout} seconds"
-        return StoreError(f"the store {self.uri} does not answer: {reason}")
+        return StoreError(f"cannot read from the store {self.uri}: {reason}")
 
 
 def _first_line(error: Exception) -> str:

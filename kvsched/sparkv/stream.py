@@ -22,6 +22,10 @@ from .store import Store
 logger = logging.getLogger("kvsched")
 
 
+def _nothing() -> object:
+    return None
+
+
 class Progress:
     """How far each chunk is, shared by both paths: layers `[0, computed)` and `[streamed, layers)` are in place.
 
@@ -73,6 +77,7 @@ class Streamer:
         self.stall_timeout, self.check, self.deliver = stall_timeout, check, deliver
         self.bytes_streamed, self.seconds = 0, 0.0
         self._headers: dict[int, ChunkHeader] = {}
+        self._wake, self._stop = _nothing, _nothing
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
@@ -80,10 +85,12 @@ class Streamer:
         started = threading.Event()
 
         async def main() -> None:
-            self._loop, self._wake = asyncio.get_running_loop(), asyncio.Event()
-            self._task = asyncio.current_task()
+            loop, plan_changed = asyncio.get_running_loop(), asyncio.Event()
+            streaming = loop.create_task(self._stream(plan_changed))
+            self._wake = lambda: loop.call_soon_threadsafe(plan_changed.set)
+            self._stop = lambda: loop.call_soon_threadsafe(streaming.cancel)
             started.set()
-            await self._stream()
+            await streaming
 
         def body() -> None:
             try:
@@ -103,22 +110,23 @@ class Streamer:
             yield
         finally:
             with contextlib.suppress(RuntimeError):  # raised when the loop has ended by itself
-                self._loop.call_soon_threadsafe(self._task.cancel)
+                self._stop()
             thread.join()
+            self._wake, self._stop = _nothing, _nothing
 
     def wake(self) -> None:
         """Look at the plan again: it has changed."""
         with contextlib.suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(self._wake.set)
+            self._wake()
 
-    async def _stream(self) -> None:
+    async def _stream(self, plan_changed: asyncio.Event) -> None:
         begin = time.monotonic()
         while True:
-            self._wake.clear()
+            plan_changed.clear()
             with self.progress.changed:
                 chunk = self.progress.next_to_stream()
             if chunk is None:
-                await self._wake.wait()
+                await plan_changed.wait()
                 continue
             try:
                 await self._fetch(chunk)

@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import platformdirs
+import pytest
+
+from kvsched.sparkv.cost import ComputeRate, DeviceProfile, LinkRate
+from kvsched.sparkv.grid import Grid
+
+PROFILE = DeviceProfile(16, (0.0, 1.0, 3.0), (0.0, 0.01, 0.02))
+
+
+def test_compute_table_grows_with_context_and_depth() -> None:
+    table = PROFILE.compute_seconds(Grid(chunks=3, chunk_tokens=16, layers=2))
+    np.testing.assert_allclose(table, [[0, 1, 3], [0, 1.16, 3.32], [0, 1.32, 3.64]])
+
+
+def test_a_measured_profile_is_plausible(tiny_model) -> None:
+    model = tiny_model("qwen2")
+    profile = DeviceProfile.measure(model, 64)
+    layers = model.config.num_hidden_layers
+    assert len(profile.base) == len(profile.per_token) == layers + 1
+    assert profile.base[0] == profile.per_token[0] == 0
+    assert all(a < b for a, b in zip(profile.base, profile.base[1:], strict=False))
+    assert min(profile.per_token) >= 0
+
+
+@pytest.mark.parametrize("damage", [None, b"", b"{}", b'{"chunk_tokens":64,"base":[0],"per_token":[0]}'])
+def test_a_profile_is_measured_once_and_damaged_ones_again(
+    tiny_model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: bytes | None
+) -> None:
+    monkeypatch.setattr(platformdirs, "user_cache_dir", lambda name: str(tmp_path))
+    model, measured = tiny_model("qwen2"), []
+    monkeypatch.setattr(
+        DeviceProfile,
+        "measure",
+        classmethod(lambda cls, model, tokens: measured.append(tokens) or cls(tokens, (0.0,) * 3, (0.0,) * 3)),
+    )
+    model.config.num_hidden_layers, model.config.layer_types = 2, ["full_attention"] * 2
+    first = DeviceProfile.of(model, 64)
+    (kept,) = tmp_path.rglob("*.json")
+    if damage is not None:
+        kept.write_bytes(damage)
+    assert DeviceProfile.of(model, 64) == first
+    assert len(measured) == (1 if damage is None else 2)
+    DeviceProfile.of(model, 32)
+    assert measured[-1] == 32
+
+
+def test_compute_rate_is_actual_over_predicted_of_late() -> None:
+    rate = ComputeRate()
+    assert rate.factor == 1
+    rate.observe(3.0, 1.0)
+    rate.observe(1.0, 1.0)
+    assert rate.factor == 2
+    for _ in range(100):
+        rate.observe(1.0, 2.0)
+    assert rate.factor == 0.5
+
+
+def test_link_rate_is_what_arrived_since_the_request() -> None:
+    rate = LinkRate(goodput=7.0)
+    assert rate.goodput(0.0) == 7.0
+    rate.observe(0, 10.0)
+    assert rate.goodput(10.5) == 7.0  # nothing has arrived yet
+    rate.observe(1000, 11.0)
+    rate.observe(1000, 12.0)
+    assert rate.goodput(12.0) == 1000
+    assert rate.goodput(14.0) == 500  # silence counts
+
+
+def test_link_rate_forgets() -> None:
+    rate = LinkRate()
+    for second in range(10):
+        rate.observe(1_000_000 if second < 5 else 1000, float(second))
+    assert rate.goodput(9.0) == 1000
