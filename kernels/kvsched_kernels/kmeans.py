@@ -34,7 +34,9 @@ def nearest(points: torch.Tensor, centroid: torch.Tensor, mask: torch.Tensor) ->
     return torch.cat(labels, dim=1), torch.cat(distances, dim=1)
 
 
-def moments(points: torch.Tensor, label: torch.Tensor, clusters: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def moments(
+    points: torch.Tensor, label: torch.Tensor, clusters: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Mean, size and sum of squared deviations of each cluster, in two passes.
 
     Args:

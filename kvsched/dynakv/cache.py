@@ -30,8 +30,8 @@ class DynaKVReport:
         bytes_read, reads, read_seconds: what was read from flash, in how many reads, and how long decoding waited.
         bytes_written: what was written to flash.
         hits, misses: clusters that were asked for and found in DRAM, or not.
-        arena_bytes, index_bytes, dense_bytes: DRAM held by resident clusters; by centroids, sizes and positions; by sinks,
-            recent and waiting tokens.
+        arena_bytes, index_bytes, dense_bytes: DRAM held by resident clusters; by centroids, sizes and positions; by
+            sinks, recent and waiting tokens.
         flash_bytes: size of the cluster file.
         direct: whether the file bypasses the page cache; if not, reads may have come from memory that no budget counts.
     """
@@ -83,17 +83,20 @@ class DynaKVCache(Cache):
     ) -> None:
         self.config = DynaKVConfig.merge(options, changes)
         kinds, arguments = get_layer_types_and_kwargs(config.get_text_config(decoder=True))
-        for kind in kinds:
-            if kind not in DYNAMIC_LAYER_TYPE_MAPPING:
-                raise UnsupportedModelError(f"transformers has no cache for {kind!r} layers; DynaKV cannot serve this model.")
+        if unknown := set(kinds) - set(DYNAMIC_LAYER_TYPE_MAPPING):
+            raise UnsupportedModelError(
+                f"the model has layers of type {', '.join(sorted(unknown))}, for which transformers' DynamicCache has "
+                "no form either. Leave cache_implementation out for this model."
+            )
         self._storage = ClusterStorage(self.config)
         self._finalizer = weakref.finalize(self, self._storage.close)
-        super().__init__(
-            layers=[
-                DynaKVLayer(self.config, self._storage) if kind == "full_attention" else DYNAMIC_LAYER_TYPE_MAPPING[kind](**given)
-                for kind, given in zip(kinds, arguments)
-            ]
-        )
+
+        def layer(kind: str, given: dict[str, Any]) -> Any:
+            if kind == "full_attention":
+                return DynaKVLayer(self.config, self._storage)
+            return DYNAMIC_LAYER_TYPE_MAPPING[kind](**given)
+
+        super().__init__(layers=[layer(kind, given) for kind, given in zip(kinds, arguments, strict=True)])
 
     def report(self) -> DynaKVReport:
         """The numbers so far."""

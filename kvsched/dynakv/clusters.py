@@ -1,13 +1,15 @@
-"""The index of one layer: what is known about its clusters without their bytes (Algorithm 1, section on cluster adaptation).
+"""The index of one layer: what is known about its clusters without their bytes (the paper's Algorithm 1).
 
-A cluster has a mean key, a size, the sum of squared deviations from the mean, the positions of its tokens and the address of
-its bytes. The threshold tau of a head is `split_variance` times the mean variance of the clusters that its stream
-started with; the paper leaves it open. A variance is the mean squared distance to the centroid, summed over channels.
+A cluster has a mean key, a size, the sum of squared deviations from the mean, the positions of its tokens and the
+address of its bytes. The threshold tau of a head is `split_variance` times the mean variance of the clusters that its
+stream started with; the paper leaves it open. A variance is the mean squared distance to the centroid, summed over
+channels.
 """
 
 from __future__ import annotations
 
 import torch
+
 from kvsched_kernels import moments, nearest
 
 
@@ -50,7 +52,7 @@ class ClusterIndex:
         return stream, cluster
 
     def nearest(self, keys: torch.Tensor) -> torch.Tensor:
-        """The nearest cluster of each key: int64 `[S, m]` for float32 `[S, m, D]`; meaningless in streams without one."""
+        """The nearest cluster of each key: int64 `[S, m]` for float32 `[S, m, D]`; anything in a stream without."""
         return nearest(keys, self.centroid[:, : self.width], self.size[:, : self.width] > 0)[0]
 
     def create(
@@ -91,7 +93,12 @@ class ClusterIndex:
         self.threshold = torch.where(fresh, self.split_variance * mean, self.threshold)
 
     def append(
-        self, stream: torch.Tensor, cluster: torch.Tensor, offset: torch.Tensor, keys: torch.Tensor, position: torch.Tensor
+        self,
+        stream: torch.Tensor,
+        cluster: torch.Tensor,
+        offset: torch.Tensor,
+        keys: torch.Tensor,
+        position: torch.Tensor,
     ) -> None:
         """Take M tokens into their clusters at `offset`, which continues each cluster without gaps.
 
@@ -134,7 +141,7 @@ class ClusterIndex:
         self.position[stream, cluster] = position.to(self.position)
 
     def select(self, streams: torch.Tensor) -> None:
-        """Keep `streams` (int64, repeats allowed) in this order. Repeated clusters share addresses until they get new ones."""
+        """Keep `streams` (int64, repeats allowed) in this order. Repeated clusters have the same addresses."""
         for name in (*self._PER_CLUSTER, "count", "threshold"):
             setattr(self, name, getattr(self, name)[streams])
         self.width = int(self.count.max())

@@ -78,7 +78,7 @@ class FlashFile:
                 raise
             name = self.directory / f".kvsched-{os.getpid()}-{os.urandom(8).hex()}"
             fd = os.open(name, flags | os.O_CREAT | os.O_EXCL, 0o600)
-            os.unlink(name)
+            name.unlink()
         try:
             # Some file systems accept O_DIRECT and refuse the first transfer.
             page = mmap.mmap(-1, ALIGNMENT)

@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from kvsched_kernels import decode_attention, kmeans, members, moments, split_oversized, two_means
 from transformers.cache_utils import CacheLayerMixin
+
+from kvsched_kernels import decode_attention, kmeans, members, moments, split_oversized, two_means
 
 from ..attention import carry
 from ..config import DynaKVConfig
@@ -30,8 +31,8 @@ Attention = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
 class DynaKVLayer(CacheLayerMixin):
     """The cache of one layer; see `CacheLayerMixin` for the methods that transformers calls.
 
-    Rows of the batch and KV heads are streams, `S = batch x kv_heads`, each with clusters of its own. A token is an entry:
-    its key (after RoPE) and value side by side. Padding is never kept.
+    Rows of the batch and KV heads are streams, `S = batch x kv_heads`, each with clusters of its own. A token is an
+    entry: its key (after RoPE) and value side by side. Padding is never kept.
     """
 
     is_sliding = False
@@ -56,9 +57,7 @@ class DynaKVLayer(CacheLayerMixin):
 
     def _start(self, streams: int) -> None:
         config = self.config
-        self.index = ClusterIndex(
-            streams, self._key_width, config.max_cluster_size, config.split_variance, self.device
-        )
+        self.index = ClusterIndex(streams, self._key_width, config.max_cluster_size, config.split_variance, self.device)
         self.dense = DenseTokens(streams, self._width, config.sinks, config.recent, self.dtype, self.device)
         self._streams = streams
 
@@ -114,10 +113,15 @@ class DynaKVLayer(CacheLayerMixin):
         everything = key.shape[2] == self._seen
         if everything:
             output = inner(module, query, key, value, attention_mask, **kwargs)
+        left_window = False
         if arrived is not None:
             real = real_tokens(attention_mask, query.shape[0], arrived.shape[1], self.device)
-            self._take(arrived, real.repeat_interleave(self._kv_heads, dim=0))
-        return output if everything else (self._decode(query, **kwargs), None)
+            left_window = self._take(arrived, real.repeat_interleave(self._kv_heads, dim=0))
+        if not everything:
+            output = self._decode(query, **kwargs), None
+        if left_window:
+            self._settle()  # after decoding, when the clusters that this step retrieved are in DRAM
+        return output
 
     def _decode(
         self,
@@ -161,19 +165,25 @@ class DynaKVLayer(CacheLayerMixin):
         present[at.stream, at.column] = True
         return entries, present
 
-    def _take(self, entries: torch.Tensor, real: torch.Tensor) -> None:
-        """Take in the newest tokens `[S, q, width]`; those that `real` (bool `[S, q]`) does not mark are padding."""
+    def _take(self, entries: torch.Tensor, real: torch.Tensor) -> bool:
+        """Take in the newest tokens `[S, q, width]`; those that `real` (bool `[S, q]`) does not mark are padding.
+
+        Returns:
+            Whether tokens began to wait, so that `_settle` has to follow.
+        """
         new = torch.arange(self._seen - entries.shape[1], self._seen, device=self.device)
         left = self.dense.push(entries, torch.where(real, new, -1))
         if left is None:
-            return
+            return False
         entries, position = left
         if int((position >= 0).sum(1).max()) > WAITING:
             self._make_clusters(entries, position)
-            return
-        for part in zip(entries.split(BATCH, dim=1), position.split(BATCH, dim=1)):
+            return False
+        for i, part in enumerate(zip(entries.split(BATCH, dim=1), position.split(BATCH, dim=1), strict=True)):
+            if i > 0:
+                self._settle()
             self.dense.wait(*part)
-            self._settle()
+        return True
 
     def _make_clusters(self, entries: torch.Tensor, position: torch.Tensor) -> None:
         """Cluster tokens by themselves; a stream without clusters takes its threshold from them."""
@@ -211,7 +221,7 @@ class DynaKVLayer(CacheLayerMixin):
                 self._load_fullest(over)
 
     def _waiting_clusters(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Of each waiting token of a stream with clusters: its stream, its column in the waiting region, its cluster."""
+        """Stream, column in the waiting region and nearest cluster of each waiting token, where there are clusters."""
         region = self.dense.waiting
         waiting = (self.dense.position[:, region] >= 0) & (self.index.count > 0).unsqueeze(1)
         stream, column = waiting.nonzero(as_tuple=True)
@@ -221,7 +231,7 @@ class DynaKVLayer(CacheLayerMixin):
         return stream, column, self.index.nearest(keys)[stream, column]
 
     def _append_to_resident(self) -> None:
-        """Append waiting tokens to those of their clusters that are in DRAM, and split these where they got too wide or full."""
+        """Append waiting tokens to clusters that are in DRAM, and split those that got too wide or have no room."""
         while True:
             stream, column, cluster = self._waiting_clusters()
             here = self.storage.resident(to_host(self.index.address[stream, cluster]))
@@ -306,7 +316,7 @@ class DynaKVLayer(CacheLayerMixin):
         return torch.from_numpy(array).to(self.device)
 
     def _read_back(self, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The first `tokens` tokens in order: entries `[S, tokens, width]`, zero where bool `[S, tokens]` says padding."""
+        """The first `tokens` tokens in order: entries `[S, tokens, width]`; bool `[S, tokens]`, False for padding."""
         entries = torch.zeros(self._streams, tokens, self._width, dtype=self.dtype, device=self.device)
         present = torch.zeros(self._streams, tokens, dtype=torch.bool, device=self.device)
         held = self.dense.position[:, self.dense.used]
@@ -352,7 +362,8 @@ class DynaKVLayer(CacheLayerMixin):
             self._free(*self.index.clusters())
             self._start(self._streams)
             self._seen = remaining
-            self._take(entries[:, :remaining], present[:, :remaining])
+            if self._take(entries[:, :remaining], present[:, :remaining]):
+                self._settle()
 
     def reset(self) -> None:
         """Forget all tokens and give their room on flash back."""
@@ -437,7 +448,7 @@ def real_tokens(mask: Any, batch: int, new: int, device: torch.device) -> torch.
     # A row may be all padding so far: a chunk of a prompt that is much shorter than its neighbours.
     if bool((seen.any(1) & ~seen[:, -1]).any()):
         raise InputError(
-            "the attention mask ends in padding. Decoding goes on from the last token of every row, so pad on the left: "
-            "tokenizer.padding_side = 'left'."
+            "the attention mask ends in padding. Decoding goes on from the last token of every row, so pad on the "
+            "left: tokenizer.padding_side = 'left'."
         )
     return seen[:, -new:].expand(batch, -1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+
 from kvsched_kernels import choose_clusters, cluster_scores
 
 from .clusters import ClusterIndex
@@ -51,7 +52,7 @@ def retrieve(index: ClusterIndex, query: torch.Tensor, budget: int) -> Retrieval
 
 
 def places(stream: torch.Tensor, size: torch.Tensor, streams: int) -> Places:
-    """Where the tokens of clusters go that belong to `stream` `[N]` (in ascending order) and hold `size` `[N]` tokens."""
+    """Where the tokens of clusters go that belong to `stream` `[N]` (ascending) and hold `size` `[N]` tokens."""
     total = int(size.sum())
     cluster = torch.arange(len(size), device=size.device).repeat_interleave(size, output_size=total)
     token = torch.arange(total, device=size.device)

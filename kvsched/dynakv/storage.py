@@ -1,8 +1,8 @@
 """The clusters' bytes, in two tiers: an arena of slots in DRAM over a file on flash.
 
-A slot has the same form in both: the entries (key and value of a token, side by side) of one cluster in a row, then room
-to grow, up to a multiple of the device's page. Bytes go between them as they are, and a cluster that is half full is
-read with half the bytes.
+A slot has the same form in both: the entries (key and value of a token, side by side) of one cluster in a row, then
+room to grow, up to a multiple of the device's page. Bytes go between them as they are, and a cluster that is half full
+is read with half the bytes.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ class ClusterStorage:
         self.residency: Residency | None = None
         self._max_size = config.max_cluster_size
         self._dram = parse_bytes(config.dram)
+        self._width: int
+        self.dtype: torch.dtype
 
     def open(self, width: int, dtype: torch.dtype) -> None:
         """Make the arena for entries of `width` numbers. Calling it again with the same form changes nothing.
@@ -56,8 +58,8 @@ class ClusterStorage:
         slots = self._dram // slot_bytes
         if slots < 2:
             raise ConfigError(
-                f"dram={self._dram} bytes is less than two clusters, which a split needs. Set it to {2 * slot_bytes} bytes "
-                "or more."
+                f"dram={self._dram} bytes is less than two clusters, which a split needs. Set it to {2 * slot_bytes} "
+                "bytes or more."
             )
         self.residency = Residency(slots, slot_bytes)
         arena = mmap.mmap(-1, slots * slot_bytes)
@@ -138,15 +140,16 @@ class ClusterStorage:
     def _admit(self, addresses: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         admission = self.table.admit(addresses, sizes)
         self.flash.wait(
-            self.flash.write(
-                self._requests(admission.dirty_slots, admission.dirty_addresses, admission.dirty_entries)
-            )
+            self.flash.write(self._requests(admission.dirty_slots, admission.dirty_addresses, admission.dirty_entries))
         )
         return admission.slots, admission.missing
 
     def _requests(self, slots: np.ndarray, addresses: np.ndarray, sizes: np.ndarray) -> list[Request]:
         slot_bytes = self.table.slot_bytes
         return [
-            (address * slot_bytes, self._memory[slot * slot_bytes : slot * slot_bytes + aligned(size * self._entry_bytes)])
-            for slot, address, size in zip(slots.tolist(), addresses.tolist(), sizes.tolist())
+            (
+                address * slot_bytes,
+                self._memory[slot * slot_bytes : slot * slot_bytes + aligned(size * self._entry_bytes)],
+            )
+            for slot, address, size in zip(slots.tolist(), addresses.tolist(), sizes.tolist(), strict=True)
         ]

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from kvsched.dynakv.clusters import ClusterIndex, ranks
 
 DIM, MAX_SIZE = 8, 12
@@ -31,7 +32,7 @@ def test_moments_stay_exact_over_many_appends(sequence, batch, offset):
     index = new_index(seeds)
     own = {(s, c): [seeds[s, c]] for s in range(2) for c in range(3)}
     for start in range(0, len(sequence), batch):
-        flat = torch.tensor([x for x in sequence[start : start + batch]])
+        flat = torch.tensor(sequence[start : start + batch])
         stream, cluster = flat // 3, flat % 3
         offsets = index.size[stream, cluster] + ranks(flat)
         room = offsets < MAX_SIZE
@@ -40,7 +41,7 @@ def test_moments_stay_exact_over_many_appends(sequence, batch, offset):
             continue
         keys = torch.randn(len(stream), DIM, generator=draw) + offset
         index.append(stream, cluster, offsets, keys, torch.arange(len(stream)))
-        for s, c, key in zip(stream.tolist(), cluster.tolist(), keys):
+        for s, c, key in zip(stream.tolist(), cluster.tolist(), keys, strict=True):
             own[s, c].append(key)
     for (s, c), keys in own.items():
         exact = torch.stack(keys).double()

@@ -12,11 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import Qwen2Config
+
 from kvsched import DynaKVCache
 from kvsched.dynakv import flash
 from kvsched.dynakv.flash import ALIGNMENT, FlashFile, aligned
 from kvsched.errors import FlashError
-from transformers import Qwen2Config
 
 HERE = Path(__file__).parent
 
@@ -160,22 +161,23 @@ def test_a_directory_that_cannot_be_written(tmp_path, monkeypatch, code):
         FlashFile(tmp_path, 1)
 
 
-def flash_threads() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name.startswith("kvsched-flash")]
+def open_files_and_threads() -> tuple[int, int]:
+    threads = [thread for thread in threading.enumerate() if thread.name.startswith("kvsched-flash")]
+    return len(list(Path("/proc/self/fd").iterdir())), len(threads)
 
 
 @pytest.mark.parametrize("how", ["close", "garbage collection"])
 def test_nothing_is_left(tmp_path, how):
     gc.collect()
-    before = len(os.listdir("/proc/self/fd")), len(flash_threads())
+    before = open_files_and_threads()
     cache = DynaKVCache(Qwen2Config(num_hidden_layers=2), directory=tmp_path, max_cluster_size=16)
     for layer in cache.layers:
         states = torch.randn(1, 2, 300, 16)
         key, value = layer.update(states, states)
-        layer.attention(lambda *args, **kwargs: (key, None), None, states, key, value, None)
+        layer.attention(lambda module, query, *args, **kwargs: (query, None), None, states, key, value, None)
     assert cache.report().clusters > 0
     assert cache.report().flash_bytes > 0
-    assert (len(os.listdir("/proc/self/fd")), len(flash_threads())) != before
+    assert open_files_and_threads() != before
     assert list(tmp_path.iterdir()) == []
     if how == "close":
         cache.close()
@@ -183,7 +185,7 @@ def test_nothing_is_left(tmp_path, how):
     else:
         del cache, layer, key
         gc.collect()
-    assert (len(os.listdir("/proc/self/fd")), len(flash_threads())) == before
+    assert open_files_and_threads() == before
     assert list(tmp_path.iterdir()) == []
 
 

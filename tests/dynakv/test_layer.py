@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
 from kvsched import DynaKVConfig
 from kvsched.dynakv.layer import DynaKVLayer, real_tokens
 from kvsched.dynakv.storage import ClusterStorage
@@ -17,7 +20,7 @@ OPTIONS = {"sinks": 4, "recent": 8, "cluster_size": 4, "max_cluster_size": 6, "b
 
 
 class Recorded:
-    """A layer, and beside it all entries `[rows, HEADS, n, 2 * DIM]` it was given and which of them are real `[rows, n]`."""
+    """A layer, and beside it what it was given: entries `[rows, HEADS, n, 2 * DIM]`, which are real `[rows, n]`."""
 
     def __init__(self, storage: ClusterStorage, options: DynaKVConfig, rows: int, seed: int) -> None:
         self.layer = DynaKVLayer(options, storage)
@@ -61,7 +64,7 @@ class Recorded:
         dense = layer.dense.position[:, layer.dense.used]
         stream, cluster = layer.index.clusters()
         places: list[list[int]] = [row[row >= 0].tolist() for row in dense]
-        for s, c in zip(stream.tolist(), cluster.tolist()):
+        for s, c in zip(stream.tolist(), cluster.tolist(), strict=True):
             size = int(layer.index.size[s, c])
             assert 1 <= size <= layer.config.max_cluster_size
             places[s] += layer.index.position[s, c, :size].tolist()
@@ -74,7 +77,7 @@ class Recorded:
         assert torch.equal(present, self.real_entries())
         assert torch.equal(entries[present], self.entries[present])
         keys = layer.index.centroid[stream, cluster].double()
-        for s, c, mean in zip(stream.tolist(), cluster.tolist(), keys):
+        for s, c, mean in zip(stream.tolist(), cluster.tolist(), keys, strict=True):
             size = int(layer.index.size[s, c])
             own = self.entries[s // HEADS, s % HEADS, layer.index.position[s, c, :size].long(), :DIM].double()
             torch.testing.assert_close(own.mean(0), mean, atol=1e-4, rtol=1e-5)
@@ -128,8 +131,25 @@ def test_every_token_in_one_place_and_back_bit_for_bit(data):
         storage.close()
 
 
-def long_decode(options: DynaKVConfig, steps: int = 400) -> tuple[Recorded, Recorded, ClusterStorage]:
-    storage = ClusterStorage(options)
+@pytest.fixture
+def new_storage() -> Iterator[Callable[[DynaKVConfig], ClusterStorage]]:
+    """Makes storages and closes them, also when a test fails."""
+    made = []
+
+    def make(options: DynaKVConfig) -> ClusterStorage:
+        made.append(ClusterStorage(options))
+        return made[-1]
+
+    yield make
+    for storage in made:
+        storage.close()
+
+
+def decoded(
+    new_storage: Callable[[DynaKVConfig], ClusterStorage], options: DynaKVConfig, steps: int = 400
+) -> tuple[Recorded, Recorded, ClusterStorage]:
+    """Two layers that share a storage, after a prompt of 100 tokens and `steps` more."""
+    storage = new_storage(options)
     layers = Recorded(storage, options, 1, 1), Recorded(storage, options, 1, 2)
     for each in layers:
         each.feed(100)
@@ -139,57 +159,61 @@ def long_decode(options: DynaKVConfig, steps: int = 400) -> tuple[Recorded, Reco
     return *layers, storage
 
 
-def test_a_long_decode_splits_evicts_waits_and_loses_nothing():
-    first, second, storage = long_decode(DynaKVConfig(dram=70 * SLOT, **OPTIONS))
+def test_a_long_decode_splits_evicts_waits_and_loses_nothing(new_storage):
+    first, second, storage = decoded(new_storage, DynaKVConfig(dram=70 * SLOT, **OPTIONS))
     assert first.layer.splits > 20
     assert (first.layer.dense.position[:, first.layer.dense.waiting] >= 0).any()
     assert storage.flash.counters.bytes_written > 0
     assert storage.flash.counters.reads > 100
     first.check()
     second.check()
-    storage.close()
 
 
 @pytest.mark.parametrize("storage", ["float16", "bfloat16"])
-def test_narrower_storage_rounds_once(storage):
-    layer, _, tiers = long_decode(DynaKVConfig(dram=150 * SLOT, storage=storage, **OPTIONS), steps=60)
+def test_narrower_storage_rounds_once(new_storage, storage):
+    layer, _, _ = decoded(new_storage, DynaKVConfig(dram=150 * SLOT, storage=storage, **OPTIONS), steps=60)
     got = layer.layer._read_back(160)[0].view_as(layer.entries)
     rounded = layer.entries.to(getattr(torch, storage)).float()
     same, exact = (got == rounded).all(-1), (got == layer.entries).all(-1)
     assert (same | exact).all()
     assert same.sum() > same.numel() // 2 and exact.any() and not exact.all()
-    tiers.close()
 
 
-def test_a_budget_of_dram_that_is_too_small_says_what_would_do():
+def test_a_budget_of_dram_that_is_too_small_says_what_would_do(new_storage):
     with pytest.raises(ConfigError, match=r"dram=5000 bytes is less than two clusters.*8192 bytes"):
-        long_decode(DynaKVConfig(dram=5000, **OPTIONS), steps=0)
+        decoded(new_storage, DynaKVConfig(dram=5000, **OPTIONS), steps=0)
     with pytest.raises(ConfigError, match=r"dram=16384 bytes cannot hold .* Set dram to at least \d+ bytes"):
-        long_decode(DynaKVConfig(dram=4 * SLOT, **OPTIONS), steps=1)
+        decoded(new_storage, DynaKVConfig(dram=4 * SLOT, **OPTIONS), steps=1)
 
 
-def test_cropping_inside_the_recent_window_reads_nothing():
-    layer, _, storage = long_decode(DynaKVConfig(dram=70 * SLOT, **OPTIONS), steps=20)
+def test_cropping_inside_the_recent_window_reads_nothing(new_storage):
+    layer, _, storage = decoded(new_storage, DynaKVConfig(dram=70 * SLOT, **OPTIONS), steps=20)
     admitted = storage.table.hits + storage.table.misses
     layer.layer.crop(-5)
     assert storage.table.hits + storage.table.misses == admitted
     assert layer.layer.get_seq_length() == 115
-    storage.close()
 
 
-def test_attention_that_passes_the_layer_by_is_noticed():
-    storage = ClusterStorage(DynaKVConfig(**OPTIONS))
+def test_attention_that_passes_the_layer_by_is_noticed(new_storage):
+    storage = new_storage(DynaKVConfig(**OPTIONS))
     layer = DynaKVLayer(DynaKVConfig(**OPTIONS), storage)
     states = torch.randn(1, HEADS, 30, DIM)
     layer.update(states, states)
     with pytest.raises(UnsupportedModelError, match=r"kvsched.enable\(\)"):
         layer.update(states[:, :, :1], states[:, :, :1])
-    storage.close()
 
 
-def test_keys_shared_by_two_layers_are_taken_in_once():
+def test_tokens_reach_clusters_that_only_this_step_has_in_dram(new_storage):
+    first, _, _ = decoded(new_storage, DynaKVConfig(dram=36 * SLOT, **OPTIONS), steps=60)
+    waiting = (first.layer.dense.position[:, first.layer.dense.waiting] >= 0).sum()
+    left_window_since_prompt = HEADS * (60 // 16) * 16
+    assert waiting < left_window_since_prompt
+    assert first.layer.splits > 0
+
+
+def test_keys_shared_by_two_layers_are_taken_in_once(new_storage):
     options = DynaKVConfig(dram=150 * SLOT, **{**OPTIONS, "budget": 1000})
-    storage = ClusterStorage(options)
+    storage = new_storage(options)
     record = Recorded(storage, options, 1, 1)
     record.feed(60)
     for step in range(30):
@@ -199,7 +223,6 @@ def test_keys_shared_by_two_layers_are_taken_in_once():
         answers = [record.layer.attention(None, None, query, key, value, None)[0] for _ in range(2)]
         assert torch.equal(*answers)
         assert record.layer.get_seq_length() == 61 + step
-    storage.close()
 
 
 def test_reading_padding_off_a_mask():

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from kvsched.dynakv.pools import SlotPool
 from kvsched.dynakv.residency import Residency
 from kvsched.errors import ConfigError
@@ -30,13 +31,13 @@ def test_least_recently_used_leaves_and_dirty_slots_are_written_back(slots, roun
         assert len(gone) == max(0, leave)
         kept = [used for used, address in others if address not in gone]
         assert all(used <= min(kept) for used, address in others if address in gone and kept)
-        written = dict(zip(admission.dirty_addresses.tolist(), admission.dirty_entries.tolist()))
+        written = dict(zip(admission.dirty_addresses.tolist(), admission.dirty_entries.tolist(), strict=True))
         assert written == {address: dirty[address] for address in gone if address in dirty}
         for address in gone:
             del last_used[address]
             dirty.pop(address, None)
         last_used.update(dict.fromkeys(wanted, now))
-        for address, slot in list(zip(wanted, admission.slots.tolist()))[::2]:
+        for address, slot in list(zip(wanted, admission.slots.tolist(), strict=True))[::2]:
             table.changed(np.array([slot]), np.array([address % 7]))
             dirty[address] = address % 7
         for address in wanted[1::2]:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from kvsched_kernels import kmeans, members, moments, nearest, split_oversized, two_means
 
 
@@ -41,7 +42,7 @@ def test_every_point_has_a_cluster_and_every_cluster_a_point(streams, n, distinc
 
     stream, cluster = size.nonzero(as_tuple=True)
     token = members(label, stream, cluster, most)
-    for s, c, row in zip(stream.tolist(), cluster.tolist(), token.tolist()):
+    for s, c, row in zip(stream.tolist(), cluster.tolist(), token.tolist(), strict=True):
         assert [i for i in row if i >= 0] == (label[s] == c).nonzero().flatten().tolist()
 
 
@@ -111,5 +112,5 @@ def test_two_means_separates_two_groups():
     points[:, ::3] += 20.0
     second = two_means(points, torch.ones(3, 30, dtype=torch.bool))
     expected = (torch.arange(30) % 3 == 0).expand(3, -1)
-    for got, want in zip(second, expected):
+    for got, want in zip(second, expected, strict=True):
         assert torch.equal(got, want) or torch.equal(got, ~want)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from kvsched_kernels import choose_clusters, cluster_scores
 
 
@@ -29,7 +30,7 @@ def test_matches_a_plain_loop(data):
     size = data.draw(rows(st.integers(0, 12)))
     budget = data.draw(st.integers(0, 120))
     got = choose_clusters(torch.tensor(score, dtype=torch.float32), torch.tensor(size, dtype=torch.int32), budget)
-    assert got.tolist() == [reference(*row, budget) for row in zip(score, size)]
+    assert got.tolist() == [reference(*row, budget) for row in zip(score, size, strict=True)]
 
 
 def test_a_cluster_that_does_not_fit_is_passed_over():
