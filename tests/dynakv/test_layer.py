@@ -68,8 +68,12 @@ class Recorded:
             size = int(layer.index.size[s, c])
             assert 1 <= size <= layer.config.max_cluster_size
             places[s] += layer.index.position[s, c, :size].tolist()
+        sinks, window = layer.config.sinks, dense.shape[1] - layer.dense.recent
         for s, held in enumerate(places):
-            assert sorted(held) == self.real[s // HEADS].nonzero().flatten().tolist()
+            real = self.real[s // HEADS].nonzero().flatten().tolist()
+            assert sorted(held) == real
+            left_window = len(real) - int((dense[s, window:] >= 0).sum())
+            assert [at for at in dense[s, :sinks].tolist() if at >= 0] == real[: min(sinks, left_window)]
         assert ((dense[:, layer.dense.waiting] >= 0).sum(1) <= 64).all()
 
         entries, present = layer._read_back(layer.get_seq_length())
@@ -184,6 +188,31 @@ def test_a_budget_of_dram_that_is_too_small_says_what_would_do(new_storage):
         decoded(new_storage, DynaKVConfig(dram=5000, **OPTIONS), steps=0)
     with pytest.raises(ConfigError, match=r"dram=16384 bytes cannot hold .* Set dram to at least \d+ bytes"):
         decoded(new_storage, DynaKVConfig(dram=4 * SLOT, **OPTIONS), steps=1)
+
+
+def test_the_fullest_cluster_is_loaded_when_too_many_wait(new_storage):
+    # Without a budget nothing is retrieved, so only this brings clusters into so small an arena.
+    first, _, storage = decoded(new_storage, DynaKVConfig(dram=8 * SLOT, **{**OPTIONS, "budget": 0}), steps=250)
+    assert storage.flash.counters.reads > 0
+    first.check()
+
+
+def test_copies_of_a_row_go_their_own_ways(new_storage):
+    first, _, storage = decoded(new_storage, DynaKVConfig(dram=150 * SLOT, **OPTIONS), steps=20)
+    first.layer.batch_repeat_interleave(3)
+    first.select(torch.tensor([0, 0, 0]))
+    addresses = first.check()
+    assert len(set(addresses)) == len(addresses)
+    for _ in range(60):
+        first.feed(1)
+    first.layer.reorder_cache(torch.tensor([2, 0, 2]))
+    first.select(torch.tensor([2, 0, 2]))
+    for _ in range(60):
+        first.feed(1)
+    first.check()
+    used = storage.pool.used
+    first.layer.reset()
+    assert storage.pool.used < used / 2
 
 
 def test_cropping_inside_the_recent_window_reads_nothing(new_storage):
