@@ -8,7 +8,9 @@ flash.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
+import shlex
 import sys
 import tempfile
 import time
@@ -34,7 +36,7 @@ from .machine import describe
 # A chapter of the Python language reference that comes with every Python: about 3,200 tokens.
 DOCUMENT = "customization"
 QUESTION = "In one sentence: when is __init__() not invoked after __new__(), according to the text?"
-LONG_QUESTION = "Go through the special methods of the text one by one and explain each with a short code example."
+LONG_QUESTION = "Explain when __del__() is called and what can go wrong in it, with a code example."
 SHORT_ANSWER = 24
 RTT_MS = 20
 CHUNK_TOKENS = 256
@@ -127,7 +129,11 @@ def first_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, mbit
 
 
 def long_answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens: int) -> dict[str, Any]:
-    """A long answer with the whole cache in memory and with DynaKV, from the same prompt."""
+    """A long answer with the whole cache in memory and with DynaKV, from the same prompt.
+
+    One token that differs lets two texts part for good, so the full cache's answer is also read back to DynaKV: how
+    often it would go on with the same token.
+    """
     ids = torch.cat(prompt(tokenizer, LONG_QUESTION), dim=1)
     full, full_clock, cache = answer(model, ids, tokens, "long answer, full", past_key_values=DynamicCache())
     full_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
@@ -138,6 +144,7 @@ def long_answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, toke
             model, ids, tokens, "long answer, dynakv", cache_implementation="dynakv", cache_config=options
         )
         report = cache.report()
+        agreed = next_token_agreement(model, cache, full)
         cache.close()
     equal = [a == b for a, b in zip(full, dyna, strict=True)]
     return {
@@ -151,10 +158,22 @@ def long_answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, toke
             "bytes_read_per_token": report.bytes_read / tokens,
             "report": dataclasses.asdict(report),
         },
+        "equal_next_tokens": agreed,
         "equal_tokens": sum(equal) / tokens,
         "equal_prefix": equal.index(False) if False in equal else tokens,
         "texts": [tokenizer.decode(full), tokenizer.decode(dyna)],
     }
+
+
+@torch.no_grad()
+def next_token_agreement(model: PreTrainedModel, cache: Cache, expected: list[int]) -> float:
+    """How much of `expected` a cache, which has just decoded as many other tokens, gives token by token instead."""
+    cache.crop(1 - len(expected))  # the last token of an answer never enters the cache
+    agreed = 0
+    for token, following in tqdm(list(itertools.pairwise(expected)), desc="long answer, read back", unit="token"):
+        logits = model(torch.tensor([[token]]), past_key_values=cache).logits
+        agreed += int(logits[0, -1].argmax()) == following
+    return agreed / (len(expected) - 1)
 
 
 def table(sparkv: dict[str, Any], dynakv: dict[str, Any]) -> str:
@@ -179,11 +198,12 @@ def table(sparkv: dict[str, Any], dynakv: dict[str, Any]) -> str:
         f"{dynakv['new_tokens']} tokens decoded after {dynakv['prompt_tokens']}; dynakv with budget "
         f"{dynakv['options']['budget']}, dram {dynakv['options']['dram']}",
         "",
-        "| decode | cache in memory | read from flash a token | a token | equal tokens |",
-        "| --- | --- | --- | --- | --- |",
-        f"| full cache | {full['cache_bytes'] / 2**20:.0f} MiB | 0 | {full['step'] * 1e3:.0f} ms | - |",
+        "| decode | cache in memory | read from flash a token | a token | equal tokens | same next token |",
+        "| --- | --- | --- | --- | --- | --- |",
+        f"| full cache | {full['cache_bytes'] / 2**20:.0f} MiB | 0 | {full['step'] * 1e3:.0f} ms | - | - |",
         f"| dynakv | {dyna['cache_bytes'] / 2**20:.0f} MiB | {dyna['bytes_read_per_token'] / 1e6:.2f} MB "
-        f"| {dyna['step'] * 1e3:.0f} ms | {dynakv['equal_tokens']:.0%}, first {dynakv['equal_prefix']} |",
+        f"| {dyna['step'] * 1e3:.0f} ms | {dynakv['equal_tokens']:.0%}, the first {dynakv['equal_prefix']} "
+        f"| {dynakv['equal_next_tokens']:.0%} |",
     ]
     return "\n".join(lines)
 
@@ -207,7 +227,7 @@ def main(
     if json_path is not None:
         json_path.parent.mkdir(parents=True, exist_ok=True)
         result = {
-            "command": sys.argv,
+            "command": shlex.join(["python", "-m", "kvsched_evals.demo", *sys.argv[1:]]),
             "machine": describe(),
             "seconds": time.perf_counter() - begin,
             "sparkv": sparkv,

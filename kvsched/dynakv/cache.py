@@ -81,19 +81,19 @@ class DynaKVCache(Cache):
     def __init__(
         self, config: PreTrainedConfig, options: DynaKVConfig | Mapping[str, Any] | None = None, **changes: Any
     ) -> None:
-        self.config = DynaKVConfig.merge(options, changes)
+        self.options = DynaKVConfig.merge(options, changes)
         kinds, arguments = get_layer_types_and_kwargs(config.get_text_config(decoder=True))
         if unknown := set(kinds) - set(DYNAMIC_LAYER_TYPE_MAPPING):
             raise UnsupportedModelError(
                 f"the model has layers of type {', '.join(sorted(unknown))}, for which transformers' DynamicCache has "
                 "no form either. Leave cache_implementation out for this model."
             )
-        self._storage = ClusterStorage(self.config)
+        self._storage = ClusterStorage(self.options)
         self._finalizer = weakref.finalize(self, self._storage.close)
 
         def layer(kind: str, given: dict[str, Any]) -> Any:
             if kind == "full_attention":
-                return DynaKVLayer(self.config, self._storage)
+                return DynaKVLayer(self.options, self._storage)
             return DYNAMIC_LAYER_TYPE_MAPPING[kind](**given)
 
         super().__init__(layers=[layer(kind, given) for kind, given in zip(kinds, arguments, strict=True)])
