@@ -23,8 +23,8 @@ setup: .venv/.kvsched-installed ## Make .venv/ and install the project with ever
 model: setup ## Fetch the 0.5B model into the user's cache folder, once
 	@$(BIN)/kvsched model fetch
 
-demo: setup model ## Publish a document, answer about it, decode a long answer; a few minutes
-	@$(BIN)/python -m kvsched_evals.demo
+demo: setup model ## Both caches on a real document, a few minutes; ARGS="--json FILE" keeps the numbers
+	@$(BIN)/python -m kvsched_evals.demo $(ARGS)
 
 test: setup model ## Run all tests; the last line is pytest's
 	@$(BIN)/python -m pytest
