@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import math
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -23,6 +23,9 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from ..errors import ChunkError
 from .address import LAYOUT_VERSION
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 MAGIC = b"KVSC"
 MAX_HEADER = 1 << 20
@@ -129,43 +132,56 @@ class ChunkHeader:
         except ValidationError as error:
             raise ChunkError(f"the header of a chunk cannot be read: {error}") from error
 
-    def decode(self, entry: LayerEntry, payload: bytes) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values `[heads, tokens, head_dim]` of one layer, in the chunk's dtype.
-
-        Raises:
-            ChunkError: the payload is truncated, altered or not what `entry` says.
-        """
-        if len(payload) != entry.length or hashlib.sha256(payload).hexdigest() != entry.sha256:
-            raise ChunkError(f"layer {entry.layer} of the chunk at token {self.position} is truncated or altered")
-        codec, dtype = CODECS[self.codec], _DTYPES[self.dtype]
-        keys = codec.decode(payload[: entry.key_bytes], entry.keys, dtype)
-        return keys, codec.decode(payload[entry.key_bytes :], entry.values, dtype)
-
 
 _HEADER = TypeAdapter(ChunkHeader)
 
 
-def encode_chunk(
-    codec: Literal["lossless"], position: int, layers: list[tuple[torch.Tensor, torch.Tensor]]
-) -> tuple[ChunkHeader, bytes]:
-    """A chunk's header and its whole object.
+class Coder:
+    """Writes and reads the chunk objects of one model with one codec.
 
     Args:
         codec: a name in `CODECS`.
-        position: the chunk's first token in the sequence.
-        layers: keys and values `[heads, tokens, head_dim]` of each layer, first layer first.
+        dtype: of the model's keys and values.
     """
-    entries, payloads = [], []
-    for index, (keys, values) in reversed(list(enumerate(layers))):
-        key_bytes, value_bytes = CODECS[codec].encode(keys), CODECS[codec].encode(values)
-        payload = key_bytes + value_bytes
-        digest = hashlib.sha256(payload).hexdigest()
-        entries.append(LayerEntry(index, _shape(keys), _shape(values), len(key_bytes), len(payload), digest))
-        payloads.append(payload)
-    first = layers[0][0]
-    dtype: Any = str(first.dtype).removeprefix("torch.")
-    header = ChunkHeader(LAYOUT_VERSION, codec, dtype, position, first.shape[1], tuple(entries))
-    return header, b"".join([header.to_bytes(), *payloads])
+
+    def __init__(self, codec: Literal["lossless"], dtype: torch.dtype) -> None:
+        self.codec, self.dtype = codec, dtype
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, codec: Literal["lossless"]) -> Coder:
+        """The coder for the chunks of `model`."""
+        return cls(codec, model.dtype)
+
+    def encode(self, position: int, layers: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[ChunkHeader, bytes]:
+        """A chunk's header and its whole object.
+
+        Args:
+            position: the chunk's first token in the sequence.
+            layers: keys and values `[heads, tokens, head_dim]` of each layer, first layer first.
+        """
+        entries, payloads = [], []
+        for index, (keys, values) in reversed(list(enumerate(layers))):
+            key_bytes, value_bytes = CODECS[self.codec].encode(keys), CODECS[self.codec].encode(values)
+            payload = key_bytes + value_bytes
+            digest = hashlib.sha256(payload).hexdigest()
+            entries.append(LayerEntry(index, _shape(keys), _shape(values), len(key_bytes), len(payload), digest))
+            payloads.append(payload)
+        name: Any = str(self.dtype).removeprefix("torch.")
+        header = ChunkHeader(LAYOUT_VERSION, self.codec, name, position, layers[0][0].shape[1], tuple(entries))
+        return header, b"".join([header.to_bytes(), *payloads])
+
+    def decode(self, header: ChunkHeader, entry: LayerEntry, payload: bytes) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values `[heads, tokens, head_dim]` of one layer, in the model's dtype.
+
+        Raises:
+            ChunkError: the payload is truncated, altered or not what `entry` says, or was written by another codec.
+        """
+        if (header.codec, _DTYPES[header.dtype]) != (self.codec, self.dtype):
+            raise ChunkError(f"the chunk at token {header.position} was written by another codec or in another dtype")
+        if len(payload) != entry.length or hashlib.sha256(payload).hexdigest() != entry.sha256:
+            raise ChunkError(f"layer {entry.layer} of the chunk at token {header.position} is truncated or altered")
+        keys = CODECS[self.codec].decode(payload[: entry.key_bytes], entry.keys, self.dtype)
+        return keys, CODECS[self.codec].decode(payload[entry.key_bytes :], entry.values, self.dtype)
 
 
 def _shape(tensor: torch.Tensor) -> tuple[int, int, int]:

@@ -17,7 +17,7 @@ import torch
 
 from ..config import SparKVConfig
 from ..errors import ChunkError
-from .codec import ChunkHeader
+from .codec import ChunkHeader, Coder
 from .cost import ComputeRate, DeviceProfile, LinkRate
 from .forward import PrefixCache, kv_shapes
 from .grid import Grid
@@ -83,7 +83,14 @@ class Loader:
         self.compute_rate, self.link_rate = ComputeRate(), LinkRate(goodput)
         self.progress = Progress(self.grid)
         self.streamer = Streamer(
-            store, manifest, self.progress, self.link_rate, config.stall_timeout, self._check, self._deliver
+            store,
+            manifest,
+            Coder.of(model, config.codec),
+            self.progress,
+            self.link_rate,
+            config.stall_timeout,
+            self._check,
+            self._deliver,
         )
         self.plans, self.compute_seconds = 0, 0.0
         self.predicted_seconds: float | None = None
@@ -198,9 +205,8 @@ class Loader:
         self.compute_seconds += time.perf_counter() - begin
 
     def _check(self, chunk: int, header: ChunkHeader) -> None:
-        span, dtype = self.grid.span(chunk), str(self.model.dtype).removeprefix("torch.")
-        if (header.position, header.tokens, header.dtype) != (span.start, self.grid.chunk_tokens, dtype):
-            raise ChunkError(f"chunk {chunk} holds other tokens or another dtype than this prefix needs")
+        if (header.position, header.tokens) != (self.grid.span(chunk).start, self.grid.chunk_tokens):
+            raise ChunkError(f"chunk {chunk} holds other tokens than this prefix needs")
         for entry, layer in zip(header.layers, reversed(range(self.grid.layers)), strict=True):
             heads, head_dim = self.shapes[layer]
             shape = (heads, self.grid.chunk_tokens, head_dim)

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from ..config import SparKVConfig
 from ..errors import ConfigError, InputError
 from .address import chain, fingerprint
-from .codec import encode_chunk
+from .codec import Coder
 from .forward import PrefixCache, kv_shapes
 from .grid import Grid
 from .manifest import ChunkEntry, Manifest, chunk_path, manifest_path
@@ -82,7 +82,7 @@ def publish(
     target, name = Store(config.store, create=True), fingerprint(model)
     addresses = chain(name, config.codec, config.chunk_tokens, input_ids[0])
     grid = Grid(len(addresses), config.chunk_tokens, len(kv_shapes(model.config)))
-    cache = PrefixCache(model.config, grid.tokens)
+    cache, coder = PrefixCache(model.config, grid.tokens), Coder.of(model, config.codec)
     entries: list[ChunkEntry] = []
     chunks_written = bytes_written = kv_bytes = 0
     present = target.wait(target.exists([*map(chunk_path, addresses), *map(manifest_path, addresses)]))
@@ -92,7 +92,7 @@ def publish(
         cache.compute(model, input_ids[:, span], span.start)
         layers = [(layer.keys[0, :, span], layer.values[0, :, span]) for layer in cache.layers]
         kv_bytes += sum(keys.nbytes + values.nbytes for keys, values in layers)
-        header, data = encode_chunk(config.codec, span.start, layers)
+        header, data = coder.encode(span.start, layers)
         head = header.to_bytes()
         sizes = tuple(entry.length for entry in header.layers)
         entries.append(ChunkEntry(address, len(head), hashlib.sha256(head).hexdigest(), sizes))

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from ..errors import ChunkError, StoreError
-from .codec import ChunkHeader
+from .codec import ChunkHeader, Coder
 from .cost import LinkRate
 from .grid import Grid
 from .manifest import Manifest, chunk_path
@@ -55,7 +55,7 @@ class Streamer:
     """Streams a prefix from the back: last chunk first, in each chunk the last layer first, down to its target.
 
     Args:
-        store, manifest: where and what is published.
+        store, manifest, coder: where and what is published, and how it is read.
         progress: shared with the computing path.
         rate: told of every byte that arrives.
         stall_timeout: seconds of silence after which the link counts as dead.
@@ -67,14 +67,16 @@ class Streamer:
         self,
         store: Store,
         manifest: Manifest,
+        coder: Coder,
         progress: Progress,
         rate: LinkRate,
         stall_timeout: float,
         check: Callable[[int, ChunkHeader], None],
         deliver: Callable[..., None],
     ) -> None:
-        self.store, self.manifest, self.progress, self.rate = store, manifest, progress, rate
-        self.stall_timeout, self.check, self.deliver = stall_timeout, check, deliver
+        self.store, self.manifest, self.coder = store, manifest, coder
+        self.progress, self.rate, self.stall_timeout = progress, rate, stall_timeout
+        self.check, self.deliver = check, deliver
         self.bytes_streamed, self.seconds = 0, 0.0
         self._headers: dict[int, ChunkHeader] = {}
         self._wake, self._stop = _nothing, _nothing
@@ -191,7 +193,7 @@ class Streamer:
         """Decode every payload that has arrived whole; the lowest layer that is in place now."""
         header = self._headers[chunk]
         while upper > 0 and len(received) >= (entry := header.layers[len(header.layers) - upper]).length:
-            keys, values = header.decode(entry, bytes(received[: entry.length]))
+            keys, values = self.coder.decode(header, entry, bytes(received[: entry.length]))
             del received[: entry.length]
             self.deliver(chunk, entry.layer, keys, values)
             upper -= 1

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvsched.errors import ChunkError
-from kvsched.sparkv.codec import CODECS, MAGIC, ChunkHeader, encode_chunk
+from kvsched.sparkv.codec import CODECS, MAGIC, ChunkHeader, Coder
 
 DTYPES = st.sampled_from([torch.float32, torch.float16, torch.bfloat16])
 
@@ -43,16 +43,16 @@ def test_lossless_of_a_strided_view() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_a_chunk_comes_back_whole_layer_by_layer(dtype: torch.dtype) -> None:
     published = layers(dtype)
-    header, data = encode_chunk("lossless", 48, published)
+    header, data = Coder("lossless", dtype).encode(48, published)
     assert ChunkHeader.from_bytes(header.to_bytes()) == header
     assert data.startswith(MAGIC) and (header.position, header.tokens) == (48, 16)
     for entry, payload in zip(header.layers, payloads(header, data), strict=True):
-        keys, values = header.decode(entry, payload)
+        keys, values = Coder("lossless", dtype).decode(header, entry, payload)
         assert torch.equal(keys, published[entry.layer][0]) and torch.equal(values, published[entry.layer][1])
 
 
 def test_the_last_layer_comes_first() -> None:
-    header, _ = encode_chunk("lossless", 0, layers())
+    header, _ = Coder("lossless", torch.float32).encode(0, layers())
     assert [entry.layer for entry in header.layers] == [2, 1, 0]
 
 
@@ -63,14 +63,20 @@ def test_real_numbers_shrink() -> None:
 
 @given(st.data())
 def test_no_damaged_payload_is_decoded(data: st.DataObject) -> None:
-    header, chunk = encode_chunk("lossless", 0, layers(count=1))
+    header, chunk = Coder("lossless", torch.float32).encode(0, layers(count=1))
     payload = bytearray(payloads(header, chunk)[0])
     if data.draw(st.booleans(), "truncate"):
         payload = payload[: data.draw(st.integers(0, len(payload) - 1))]
     else:
         payload[data.draw(st.integers(0, len(payload) - 1))] ^= data.draw(st.integers(1, 255))
     with pytest.raises(ChunkError):
-        header.decode(header.layers[0], bytes(payload))
+        Coder("lossless", torch.float32).decode(header, header.layers[0], bytes(payload))
+
+
+def test_another_dtype_is_refused() -> None:
+    header, chunk = Coder("lossless", torch.float16).encode(0, layers(torch.float16, count=1))
+    with pytest.raises(ChunkError, match="another dtype"):
+        Coder("lossless", torch.float32).decode(header, header.layers[0], payloads(header, chunk)[0])
 
 
 @given(st.data())
@@ -88,7 +94,7 @@ def test_decoding_noise_is_refused_or_gives_the_right_shape(data: st.DataObject)
 
 @given(st.data())
 def test_a_damaged_header_is_refused_or_well_formed(data: st.DataObject) -> None:
-    head = bytearray(encode_chunk("lossless", 0, layers())[0].to_bytes())
+    head = bytearray(Coder("lossless", torch.float32).encode(0, layers())[0].to_bytes())
     for _ in range(data.draw(st.integers(1, 4))):
         head[data.draw(st.integers(0, len(head) - 1))] = data.draw(st.integers(0, 255))
     try:
@@ -102,7 +108,7 @@ def test_a_damaged_header_is_refused_or_well_formed(data: st.DataObject) -> None
     "field", [b'"version":2', b'"dtype":"float64"', b'"codec":"x"', b'"position":-1', b'"tokens":true']
 )
 def test_a_header_with_a_foreign_value_is_refused(field: bytes) -> None:
-    text = encode_chunk("lossless", 0, layers())[0].to_bytes()[8:]
+    text = Coder("lossless", torch.float32).encode(0, layers())[0].to_bytes()[8:]
     name = field.split(b":")[0]
     start = text.rindex(name)
     stop = min(i for i in (text.find(b",", start), text.find(b"}", start)) if i >= 0)
