@@ -111,9 +111,11 @@ class Streamer:
         try:
             yield
         finally:
-            with contextlib.suppress(RuntimeError):  # raised when the loop has ended by itself
-                self._stop()
-            thread.join()
+            # Before Python 3.12 wait_for() loses a cancellation that meets its result, so it may take another.
+            while thread.is_alive():
+                with contextlib.suppress(RuntimeError):  # raised when the loop has ended by itself
+                    self._stop()
+                thread.join(timeout=0.1)
             self._wake, self._stop = _nothing, _nothing
 
     def wake(self) -> None:
