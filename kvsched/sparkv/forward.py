@@ -6,6 +6,7 @@ values. The attention and MLP of that layer, and all layers above, are never run
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +44,7 @@ class PrefixLayer(CacheLayerMixin):
     def __init__(self, capacity: int, is_sliding: bool) -> None:
         super().__init__()
         self.capacity, self.is_sliding, self.length = capacity, is_sliding, 0
+        self._allocating = threading.Lock()
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.keys = key_states.new_empty((*key_states.shape[:2], self.capacity, key_states.shape[3]))
@@ -50,9 +52,10 @@ class PrefixLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def write(self, start: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Put `keys` and `values` `[1, heads, n, head_dim]` at token `start`."""
-        if not self.is_initialized:
-            self.lazy_initialization(keys, values)
+        """Put `keys` and `values` `[1, heads, n, head_dim]` at token `start`; from any thread, each its own tokens."""
+        with self._allocating:
+            if not self.is_initialized:
+                self.lazy_initialization(keys, values)
         stop = start + keys.shape[2]
         self.keys[:, :, start:stop] = keys
         self.values[:, :, start:stop] = values
