@@ -12,6 +12,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
@@ -20,6 +21,7 @@ import yaml
 from .errors import ConfigError
 
 _UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+_DURATIONS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 _Config = TypeVar("_Config", bound="CacheConfig")
 
 
@@ -39,6 +41,18 @@ def parse_bytes(size: int | str) -> int:
     return size
 
 
+def parse_duration(duration: str) -> timedelta:
+    """A duration such as `"90s"`, `"30m"`, `"12h"`, `"30d"` or `"4w"`.
+
+    Raises:
+        ConfigError: `duration` is none.
+    """
+    match = re.fullmatch(r"\s*(\d{1,6}(?:\.\d+)?)\s*([smhdw])\s*", duration)
+    if match is None:
+        raise ConfigError(f"{duration!r} is not a duration: write a number and s, m, h, d or w, such as '12h' or '30d'.")
+    return timedelta(**{_DURATIONS[match[2]]: float(match[1])})
+
+
 @dataclass(frozen=True)
 class CacheConfig:
     """What both configurations share: how they are read and checked."""
@@ -52,7 +66,7 @@ class CacheConfig:
                     raise ConfigError(f"{field.name}={value!r}: choose one of {', '.join(map(repr, get_args(hint)))}.")
             elif not _fits(value, hint):
                 wanted = getattr(hint, "__name__", str(hint))
-                raise ConfigError(f"{field.name}={value!r} should be of type {wanted}, not {type(value).__name__}.")
+                raise ConfigError(f"{self._shown(field.name)} should be of type {wanted}, not {type(value).__name__}.")
 
     @classmethod
     def from_dict(cls: type[_Config], options: Mapping[str, Any] | None) -> _Config:
@@ -97,7 +111,12 @@ class CacheConfig:
 
     def _require(self, name: str, condition: bool, rule: str) -> None:
         if not condition:
-            raise ConfigError(f"{name}={getattr(self, name)!r}: it must be {rule}.")
+            raise ConfigError(f"{self._shown(name)}: it must be {rule}.")
+
+    def _shown(self, name: str) -> str:
+        """An option with its value, but a secret by its name alone."""
+        (field,) = (field for field in dataclasses.fields(self) if field.name == name)
+        return f"{name}={getattr(self, name)!r}" if field.repr else name
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -119,6 +138,11 @@ class SparKVConfig(CacheConfig):
             256 lets a context of a few thousand tokens be divided finely enough for both paths to end together.
         planner: `optimal` divides the work by cost, `stream` streams the whole prefix, `local` computes all of it.
         stall_timeout: seconds without one arriving byte after which a stream is given up and its part computed.
+        token: sent to an HTTP server as `Authorization: Bearer`; give it to `https` stores only. S3 takes its
+            credentials, region and endpoint from the environment (`AWS_ACCESS_KEY_ID`, `AWS_ENDPOINT_URL`, ...).
+        certificate: a PEM file of certificate authorities to trust beside the system's.
+        tenant_secret: 16 characters or more, known to those alone who share published prefixes. It hides the addresses
+            from everybody else and signs the manifests; what is published without it, or with another, is not found.
     """
 
     store: str | os.PathLike[str] | None = None
@@ -126,11 +150,17 @@ class SparKVConfig(CacheConfig):
     chunk_tokens: int = 256
     planner: Literal["optimal", "stream", "local"] = "optimal"
     stall_timeout: float = 5.0
+    token: str | None = dataclasses.field(default=None, repr=False)
+    certificate: str | os.PathLike[str] | None = None
+    tenant_secret: str | None = dataclasses.field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._require("chunk_tokens", 16 <= self.chunk_tokens <= 65536, "between 16 and 65536")
         self._require("stall_timeout", self.stall_timeout > 0, "above zero seconds")
+        self._require("token", self.token is None or self.token.isascii() and self.token.isprintable(), "ASCII text")
+        strong = self.tenant_secret is None or len(self.tenant_secret) >= 16
+        self._require("tenant_secret", strong, "at least 16 characters, so that it cannot be guessed")
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,8 @@ def _prefill(
     if isinstance(cache, tuple(CACHES.values())):
         _refuse_right_padding(mask)
     if isinstance(cache, SparKVCache) and model_kwargs.get("inputs_embeds") is None:
-        cache.load(self, input_ids, mask)
+        with cache.loading(self, input_ids, mask):
+            return _original_prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs)
     return _original_prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs)
 
 

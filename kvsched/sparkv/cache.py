@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -11,11 +12,11 @@ import torch
 from transformers.cache_utils import DynamicCache
 
 from ..config import SparKVConfig
-from ..errors import ChunkError, ConfigError, StoreError
-from .address import chain, fingerprint
+from ..errors import ChunkError, StoreError
+from .address import Prefix
 from .forward import PrefixCache
 from .loader import Loader, LoadResult
-from .manifest import Manifest, manifest_path
+from .manifest import find
 from .store import Store
 
 if TYPE_CHECKING:
@@ -32,12 +33,14 @@ class SparKVReport:
     """The numbers of the last load.
 
     Args:
-        prompt_tokens: tokens of the prompt that was to be loaded.
+        prompt_tokens: tokens of the prompt that was to be loaded. Of a batch, distinct prompts are loaded one after
+            the other, and their numbers are added up or stand in a row.
         loaded_tokens: tokens of its prefix that were streamed or computed by the loader; the model itself computes
             the rest of the prompt.
         depths: for each chunk of the prefix, layers that were computed; the layers above were streamed.
         bytes_streamed: bytes that arrived from the store, manifests not counted.
-        seconds: wall time of the load.
+        seconds: wall time of the load; under `generate()` with the model's own pass over the rest of the prompt, which
+            overlaps with it.
         predicted_seconds: what the first plan made with a known goodput promised.
         compute_seconds: time spent computing.
         stream_seconds: time until the last streamed byte.
@@ -90,11 +93,10 @@ class SparKVCache(DynamicCache):
         **changes: Any,
     ) -> None:
         self.options = SparKVConfig.merge(options, changes)
-        if self.options.store is None:
-            raise ConfigError('sparkv needs a store: cache_config={"store": "file:///folder"}.')
-        self._store = Store(self.options.store, self.options.stall_timeout)
+        self._store = Store.of(self.options)
         PrefixCache(config, 0)  # refuses a model that cannot be loaded now, not when its first prompt comes
         self._report = SparKVReport()
+        self._taking: _Taking | None = None
         super().__init__(config=config)
 
     def report(self) -> SparKVReport:
@@ -104,76 +106,201 @@ class SparKVCache(DynamicCache):
     def load(
         self, model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
     ) -> SparKVReport:
-        """Load the longest published prefix of `input_ids` that leaves at least one token for the model.
+        """Load what is published of the prompts' beginnings, and leave at least their last token to the model.
 
         Nothing is loaded, and the model computes the whole prompt, where nothing is published, the store does not
-        answer, rows differ or are padded, or the cache holds tokens already: the report's `fallback` says so.
+        answer, or the cache holds tokens already: the report's `fallback` says so.
 
         Args:
             model: the model that will go on with this cache.
             input_ids: `[batch, n]`.
-            attention_mask: `[batch, n]`, or `None` where nothing is padded.
+            attention_mask: `[batch, n]`, or `None` where nothing is padded. Padding stands on the left.
+        """
+        with self.loading(model, input_ids, attention_mask, overlap=False):
+            pass
+        return self._report
+
+    @contextlib.contextmanager
+    def loading(
+        self,
+        model: PreTrainedModel,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        overlap: bool = True,
+    ) -> Iterator[None]:
+        """Like `load`, for a block that passes the rest of the prompt to the model.
+
+        The model's pass over the rest needs the prefix layer by layer, so with `overlap` the block begins while the
+        last layers are still arriving. After the block everything is in place, or the cache is empty again if an
+        exception ended it.
         """
         if self.get_seq_length() > 0:
-            return self._report
-        self._report = SparKVReport(prompt_tokens=input_ids.shape[1])
-        if self.options.planner == "local":
-            return self._report
-        if attention_mask is not None and not bool(attention_mask.all()):
-            return self._fall_back("the prompt is padded")
-        if not bool((input_ids == input_ids[:1]).all()):
-            return self._fall_back("the batch holds different prompts")
-        try:
-            manifest = self._store.wait(self._find(model, input_ids[0]))
-        except (StoreError, ChunkError) as error:
-            return self._fall_back(str(error))
-        if manifest is None:
-            return self._fall_back(f"no prefix of this prompt is published in {self._store.uri}")
-        goodput = _last_goodput.get(self._store.uri)
-        result = Loader(model, input_ids[:1], manifest, self._store, self.options, goodput).run()
-        if result.goodput is not None:
-            _last_goodput[self._store.uri] = result.goodput
-        self._install(result, batch=len(input_ids))
-        return self._report
+            yield
+            return
+        prompts = _distinct_prompts(input_ids, attention_mask)
+        self._report = SparKVReport(prompt_tokens=sum(map(len, prompts.ids)))
+        loaders = [] if self.options.planner == "local" else self._loaders(model, prompts.ids, overlap)
+        first = next(filter(None, loaders), None)
+        if first is None:
+            yield
+        elif len(loaders) == 1 and not prompts.padding[0]:
+            yield from self._load_one(first, len(input_ids))
+        else:
+            self._load_rows(model, prompts, loaders)
+            yield
 
-    def _fall_back(self, reason: str) -> SparKVReport:
+    def _loaders(self, model: PreTrainedModel, prompts: list[torch.Tensor], overlap: bool) -> list[Loader | None]:
+        """A loader for each prompt `[n]`, or `None` where nothing of it can be loaded."""
+        loaders: list[Loader | None] = []
+        for ids in prompts:
+            try:
+                manifest = self._store.wait(find(self._store, Prefix.of(model, self.options, ids[:-1])))
+            except (StoreError, ChunkError) as error:
+                self._fall_back(str(error))
+                return [None]
+            if manifest is None:
+                self._fall_back(f"no prefix of this prompt is published in {self._store.uri}")
+                loaders.append(None)
+                continue
+            end = len(ids) if overlap and len(prompts) == 1 else len(manifest.chunks) * manifest.chunk_tokens
+            goodput = _last_goodput.get(self._store.uri)
+            loaders.append(Loader(model, ids[None, :end], manifest, self._store, self.options, goodput))
+        return loaders
+
+    def _load_one(self, loader: Loader, batch: int) -> Iterator[None]:
+        """One prompt, in one row or the same in all: its layers are taken over as the model comes to them."""
+        try:
+            with loader.streaming():
+                loader.compute()
+                # From here on every layer says how long it is, which masks and positions need; what it holds follows.
+                for layer, loaded in zip(self.layers, loader.cache.layers, strict=True):
+                    _install(layer, loaded.keys, loaded.values)
+                self._taking = _Taking(loader, batch, set(range(len(self.layers))))
+                yield
+                for layer in tuple(self._taking.left):
+                    self._take(layer)
+        except BaseException:
+            self.reset()
+            raise
+        finally:
+            self._taking = None
+        self._note(loader.result())
+
+    def _take(self, layer: int) -> None:
+        """Wait for a layer of the prefix and hand it to the layer that transformers uses."""
+        assert self._taking is not None
+        if layer in self._taking.left:
+            self._taking.left.remove(layer)
+            self._taking.loader.complete(layer)
+            loaded = self._taking.loader.cache.layers[layer]
+            rows = (self._taking.batch, -1, -1, -1)
+            _install(self.layers[layer], loaded.keys.expand(rows), loaded.values.expand(rows))
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As in DynamicCache; while a prefix is loading, waits for this layer of it."""
+        if self._taking is not None:
+            self._take(layer_idx)
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def _load_rows(self, model: PreTrainedModel, prompts: _Prompts, loaders: list[Loader | None]) -> None:
+        """Different or padded prompts: one after the other, up to the column that the longest prefix reaches.
+
+        What a shorter prefix lacks to that column is computed here rather than by the model: it is the same work.
+        """
+        reached = [pad + (one.grid.tokens if one else 0) for pad, one in zip(prompts.padding, loaders, strict=True)]
+        columns, rows = max(reached), []
+        for ids, pad, loader in zip(prompts.ids, prompts.padding, loaders, strict=True):
+            row, loaded = PrefixCache(model.config, max(columns - pad, 0)).allocate(model), 0
+            if loader is not None:
+                with loader.streaming():
+                    loader.compute()
+                    for layer in range(len(self.layers)):
+                        loader.complete(layer)
+                loaded = loader.grid.tokens
+                for layer, source in zip(row.layers, loader.cache.layers, strict=True):
+                    layer.write(0, source.keys, source.values)
+                self._note(loader.result())
+            if loaded < columns - pad:
+                row.compute(model, ids[None, loaded : columns - pad], loaded)
+            rows.append(row)
+        for index, layer in enumerate(self.layers):
+            keys, values = (
+                torch.cat([_pad_left(getattr(rows[row].layers[index], name), columns) for row in prompts.row])
+                for name in ("keys", "values")
+            )
+            _install(layer, keys, values)
+
+    def _fall_back(self, reason: str) -> None:
         logger.warning("the prompt is computed, not loaded: %s", reason)
         self._report = replace(self._report, fallback=reason)
-        return self._report
 
-    async def _find(self, model: PreTrainedModel, token_ids: torch.Tensor) -> Manifest | None:
-        """The manifest of the longest published prefix, in two round trips; in one, if there is none."""
-        name, codec = fingerprint(model), self.options.codec
-        addresses = chain(name, codec, self.options.chunk_tokens, token_ids[:-1])
-        found = await self._store.exists(map(manifest_path, addresses))
-        if not any(found):
-            return None
-        deepest = len(found) - found[::-1].index(True)
-        data = await self._store.get(manifest_path(addresses[deepest - 1]))
-        return Manifest.from_bytes(data, name, codec, addresses[:deepest], len(self.layers))
-
-    def _install(self, result: LoadResult, batch: int) -> None:
-        """Hand the prefix to the layers as transformers keeps them: whole, or a sliding layer's window."""
-        tokens = result.cache.layers[0].capacity
-        for layer, loaded in zip(self.layers, result.cache.layers, strict=True):
-            layer.lazy_initialization(loaded.keys, loaded.values)
-            layer.keys, layer.values = loaded.keys, loaded.values
-            if layer.is_sliding:
-                kept = slice(1 - layer.sliding_window, None)
-                layer.keys, layer.values = loaded.keys[:, :, kept].clone(), loaded.values[:, :, kept].clone()
-                layer.cumulative_length = tokens
-        if batch > 1:
-            self.batch_repeat_interleave(batch)
+    def _note(self, result: LoadResult) -> None:
+        """Add a load to the report."""
+        report = self._report
+        if result.goodput is not None:
+            _last_goodput[self._store.uri] = result.goodput
+        predicted = result.predicted_seconds
         self._report = replace(
-            self._report,
-            loaded_tokens=tokens,
-            depths=result.depths,
-            bytes_streamed=result.bytes_streamed,
-            seconds=result.seconds,
-            predicted_seconds=result.predicted_seconds,
-            compute_seconds=result.compute_seconds,
-            stream_seconds=result.stream_seconds,
+            report,
+            loaded_tokens=report.loaded_tokens + result.cache.layers[0].capacity,
+            depths=report.depths + result.depths,
+            bytes_streamed=report.bytes_streamed + result.bytes_streamed,
+            seconds=report.seconds + result.seconds,
+            predicted_seconds=predicted if predicted is None else predicted + (report.predicted_seconds or 0.0),
+            compute_seconds=report.compute_seconds + result.compute_seconds,
+            stream_seconds=report.stream_seconds + result.stream_seconds,
             goodput=result.goodput,
-            plans=result.plans,
-            fallback=result.fallback,
+            plans=report.plans + result.plans,
+            fallback=result.fallback or report.fallback,
         )
+
+
+@dataclass
+class _Taking:
+    """A prefix that is being taken over: its loader, the rows to fill with it, and the layers still to be taken."""
+
+    loader: Loader
+    batch: int
+    left: set[int]
+
+
+@dataclass(frozen=True)
+class _Prompts:
+    """The distinct prompts of a batch: ids `[n]` without padding, columns of padding, and for each row its prompt."""
+
+    ids: list[torch.Tensor]
+    padding: list[int]
+    row: list[int]
+
+
+def _distinct_prompts(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> _Prompts:
+    """Rows that are the same, as the beams of a search are, count once."""
+    known: dict[tuple[int, bytes], int] = {}
+    prompts = _Prompts([], [], [])
+    masks = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    for one, mask in zip(input_ids, masks, strict=True):
+        pad = int((mask != 0).int().argmax())
+        key = (pad, one[pad:].cpu().numpy().tobytes())
+        if key not in known:
+            known[key] = len(known)
+            prompts.ids.append(one[pad:])
+            prompts.padding.append(pad)
+        prompts.row.append(known[key])
+    return prompts
+
+
+def _install(layer: Any, keys: torch.Tensor, values: torch.Tensor) -> None:
+    """Give a layer a prefix `[batch, heads, tokens, head_dim]`, as transformers keeps it: whole, or its window."""
+    layer.lazy_initialization(keys, values)
+    layer.keys, layer.values = keys, values
+    if layer.is_sliding:
+        kept = slice(1 - layer.sliding_window, None)
+        layer.keys, layer.values = keys[:, :, kept].clone(), values[:, :, kept].clone()
+        layer.cumulative_length = keys.shape[2]
+
+
+def _pad_left(states: torch.Tensor, columns: int) -> torch.Tensor:
+    """`[1, heads, n, head_dim]` moved to the right end of `columns` columns; the rest is zero and masked anyway."""
+    return torch.nn.functional.pad(states, (0, 0, columns - states.shape[2], 0))

@@ -148,6 +148,13 @@ class LinkRate:
             while now - self._arrivals[0][0] > _WINDOW_SECONDS:
                 self._arrivals.popleft()
 
+    def pause(self, now: float) -> None:
+        """Nothing is asked of the link from `now` on: what follows is no silence, and what was measured stays known."""
+        known = self.goodput(now)
+        with self._lock:
+            self._known = known
+            self._arrivals.clear()
+
     def goodput(self, now: float) -> float | None:
         """Bytes a second at `now`; silence counts."""
         with self._lock:

@@ -6,7 +6,6 @@ values. The attention and MLP of that layer, and all layers above, are never run
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -44,7 +43,6 @@ class PrefixLayer(CacheLayerMixin):
     def __init__(self, capacity: int, is_sliding: bool) -> None:
         super().__init__()
         self.capacity, self.is_sliding, self.length = capacity, is_sliding, 0
-        self._allocating = threading.Lock()
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.keys = key_states.new_empty((*key_states.shape[:2], self.capacity, key_states.shape[3]))
@@ -52,11 +50,22 @@ class PrefixLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def write(self, start: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Put `keys` and `values` `[1, heads, n, head_dim]` at token `start`; from any thread, each its own tokens."""
-        with self._allocating:
-            if not self.is_initialized:
-                self.lazy_initialization(keys, values)
+        """Put `keys` and `values` `[1, heads, n, head_dim]` at token `start`.
+
+        Once memory is allocated, threads may write at the same time, each its own tokens.
+
+        Raises:
+            UnsupportedModelError: they have another shape than the layer.
+        """
+        if not self.is_initialized:
+            self.lazy_initialization(keys, values)
         stop = start + keys.shape[2]
+        for held, new in ((self.keys, keys), (self.values, values)):
+            if (held.shape[1], held.shape[3]) != (new.shape[1], new.shape[3]):
+                raise UnsupportedModelError(
+                    f"a layer hands over {new.shape[1]} heads of {new.shape[3]} where the model's configuration says "
+                    f"{held.shape[1]} of {held.shape[3]}, so its chunks cannot be told from foreign ones."
+                )
         self.keys[:, :, start:stop] = keys
         self.values[:, :, start:stop] = values
 
@@ -98,6 +107,13 @@ class PrefixCache(Cache):
             )
         super().__init__(layers=[PrefixLayer(tokens, kind == "sliding_attention") for kind in kinds])
         self._go_on: Callable[[int], bool] = lambda layer: True
+
+    def allocate(self, model: PreTrainedModel) -> PrefixCache:
+        """Make room for the whole prefix in every layer, in the shapes that the model's configuration states."""
+        for layer, (heads, head_dim) in zip(self.layers, kv_shapes(model.config), strict=True):
+            empty = torch.empty(1, heads, 0, head_dim, dtype=model.dtype, device=model.device)
+            layer.lazy_initialization(empty, empty)
+        return self
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any

@@ -1,14 +1,16 @@
 """Loads a published prefix: computes it from the front and streams it from the back until the two meet.
 
 Computing runs in the caller's thread, chunk by chunk, each to its planned depth; streaming runs beside it
-(`stream.py`). The plan is made again, on what is left and with the rates measured so far, at layer boundaries of the
-running forward: so either path takes over what the other turns out too slow for. What cannot be streamed after all (a
-dead or stalled link, a damaged chunk) is computed at the end.
+(`stream.py`). The division is planned again, on what is left and with the rates measured so far, at layer boundaries of
+the running forward, and changed when that promises enough: so either path takes over what the other turns out too slow
+for. What cannot be streamed after all (a dead or stalled link, a damaged chunk) is computed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -30,6 +32,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _REPLAN_SECONDS = 0.25
+_MIN_GAIN = 0.02  # of the time that is left; a plan that promises less is not worth changing course for
+_MAX_PLANS = 100
+_MIN_PATIENCE = 1.0  # seconds; what a sound link may well be silent for
 
 
 @dataclass(frozen=True)
@@ -55,9 +60,17 @@ class LoadResult:
 class Loader:
     """One loading of one prefix.
 
+    ```python
+    with loader.streaming():
+        loader.compute()          # returns when the computing path has done its part
+        loader.complete(layer)    # returns when every chunk has this layer; in any order, any number of times
+    loader.result()
+    ```
+
     Args:
         model: computes the prefix's lower layers.
-        token_ids: `[1, n]`, at least as many as the manifest's chunks cover.
+        token_ids: `[1, n]`, at least as many as the manifest's chunks cover. What lies behind them is the model's to
+            compute afterwards; it can begin while the last layers are still arriving, and is planned for.
         manifest, store: what is published, and where.
         config: options of the cache.
         goodput: bytes a second that the link gave last time, or `None`.
@@ -72,52 +85,70 @@ class Loader:
         config: SparKVConfig,
         goodput: float | None = None,
     ) -> None:
-        self.model, self.token_ids, self.manifest = model, token_ids, manifest
+        self.model, self.token_ids, self.manifest, self.config = model, token_ids, manifest, config
         self.shapes = kv_shapes(model.config)
         self.grid = Grid(len(manifest.chunks), manifest.chunk_tokens, len(self.shapes))
         self.planner = PLANNERS[config.planner]
-        self.cache = PrefixCache(model.config, self.grid.tokens)
+        # Allocated here, as both paths write to it at once.
+        self.cache = PrefixCache(model.config, self.grid.tokens).allocate(model)
         self.compute_table = DeviceProfile.of(model, self.grid.chunk_tokens).compute_seconds(self.grid)
+        query_tokens = token_ids.shape[1] - self.grid.tokens
+        self.query_seconds = float(self.compute_table[-1, -1]) * query_tokens / self.grid.chunk_tokens
         # layer_bytes[t, l]: bytes of layer l's payload; a chunk object lists them last layer first.
         self.layer_bytes = np.array([chunk.payload_bytes[::-1] for chunk in manifest.chunks], dtype=float)
         self.compute_rate, self.link_rate = ComputeRate(), LinkRate(goodput)
         self.progress = Progress(self.grid)
+        coder = Coder.of(model, config.codec)
         self.streamer = Streamer(
-            store,
-            manifest,
-            Coder.of(model, config.codec),
-            self.progress,
-            self.link_rate,
-            config.stall_timeout,
-            self._check,
-            self._deliver,
+            store, manifest, coder, self.progress, self.link_rate, self._patience, self._check, self._deliver
         )
         self.plans, self.compute_seconds = 0, 0.0
         self.predicted_seconds: float | None = None
-        self._begin = self._planned_at = time.monotonic()
+        self._begin = self._end = self._planned_at = time.monotonic()
 
-    def run(self) -> LoadResult:
-        """Load the prefix; returns when every chunk has every layer."""
-        progress, chunk = self.progress, 0
+    @contextlib.contextmanager
+    def streaming(self) -> Iterator[None]:
+        """Stream for as long as the block runs."""
         self._begin = time.monotonic()
         self._plan(0, 0)
         with self.streamer.running():
-            while progress.link_error is None:
-                if chunk < self.grid.chunks and progress.target[chunk] > 0:
-                    self._compute_to_target(chunk)
-                    chunk += 1
-                    continue
-                with progress.changed:
-                    if progress.next_to_stream() is None:
-                        break
+            yield
+        self._end = time.monotonic()
+
+    def compute(self) -> None:
+        """Compute the chunks from the front, each to its target, until the rest is left to the stream."""
+        for chunk in range(self.grid.chunks):
+            if self.progress.link_error is not None or self.progress.target[chunk] == 0:
+                return
+            self._compute_to_target(chunk)
+
+    def complete(self, layer: int) -> None:
+        """Wait until every chunk has `layer`, or compute what the stream owes where that is quicker."""
+        progress = self.progress
+        while True:
+            with progress.changed:
+                missing = progress.missing()
+                if not missing[:, layer].any():
+                    return
+                chunk = int(np.flatnonzero(missing.any(axis=1))[0])
+                stranded = (
+                    progress.link_error is not None or chunk in progress.damaged or progress.next_to_stream() is None
+                )
+                if not stranded and not self._computing_is_quicker(chunk, missing):
                     progress.changed.wait(timeout=_REPLAN_SECONDS)
-                if chunk < self.grid.chunks:
-                    self._plan_if_due(chunk, 0)
-        self._compute_what_is_missing()
+                    continue
+                # Every chunk before this one is complete, so it can be computed to any depth. What is on its way of it
+                # is cut by the higher target.
+                depth = int(np.flatnonzero(missing[chunk])[-1]) + 1
+                progress.target[chunk] = self.grid.layers
+            self._compute_chunk(chunk, lambda done, depth=depth: done < depth)  # type: ignore[misc]
+
+    def result(self) -> LoadResult:
+        """The prefix and the numbers of its loading."""
         return LoadResult(
             cache=self.cache,
-            depths=tuple(progress.computed.tolist()),
-            seconds=time.monotonic() - self._begin,
+            depths=tuple(self.progress.computed.tolist()),
+            seconds=self._end - self._begin,
             compute_seconds=self.compute_seconds,
             stream_seconds=self.streamer.seconds,
             predicted_seconds=self.predicted_seconds,
@@ -128,81 +159,94 @@ class Loader:
         )
 
     def _plan_if_due(self, chunk: int, layers_done: int) -> None:
-        if time.monotonic() - self._planned_at >= _REPLAN_SECONDS:
+        if time.monotonic() - self._planned_at >= _REPLAN_SECONDS and self.plans < _MAX_PLANS:
             self._plan(chunk, layers_done)
 
     def _plan(self, chunk: int, layers_done: int) -> None:
         """Plan the chunks from `chunk` on, of which `layers_done` layers are computed; earlier ones are settled."""
-        progress, layers = self.progress, self.grid.layers
-        goodput = self.link_rate.goodput(time.monotonic())
+        progress, layers, rest = self.progress, self.grid.layers, slice(chunk, None)
+        self._planned_at = time.monotonic()
+        goodput = self.link_rate.goodput(self._planned_at)
         with progress.changed:
-            streamed = progress.streamed.copy()
-            # A chunk that cannot be streamed costs the stream nothing; it is computed at the end.
-            open_bytes = np.where(
-                np.isin(np.arange(self.grid.chunks), list(progress.damaged))[:, None], 0, self.layer_bytes
-            )
-        open_bytes = open_bytes * (np.arange(layers) < streamed[:, None])
-        settled = sum(open_bytes[t, progress.computed[t] :].sum() for t in range(chunk))
+            arrived, missing = progress.arrived.copy(), progress.missing()
+            damaged = list(progress.damaged)
+        open_bytes = self.layer_bytes * ~arrived
+        open_bytes[damaged] = 0  # cannot be streamed, so it costs the stream nothing; computed at the end
         # Depth d needs the attention of layers below d - 1, so those of every earlier chunk have to be in place.
-        waiting = [t for t in range(chunk) if progress.computed[t] < streamed[t]]
-        reach = min([layers, *(progress.computed[t] + 1 for t in waiting)])
-        rest = slice(chunk, self.grid.chunks)
+        gaps = [int(row.argmax()) for row in missing[:chunk] if row.any()]
+        reach = min([layers, *(gap + 1 for gap in gaps)])
 
         compute = self.compute_table[rest] * self.compute_rate.factor
-        compute[0] -= compute[0, layers_done]
-        compute[np.arange(layers + 1) > np.maximum(np.minimum(streamed[rest, None], reach), layers_done)] = np.inf
+        query_seconds = self.query_seconds * self.compute_rate.factor
+        compute[0] += query_seconds - compute[0, layers_done]
+        compute[:, max(reach, layers_done) + 1 :] = np.inf
         compute[0, :layers_done] = np.inf
         # stream[t, d]: bytes of layers d.. that have not arrived, as seconds. Until anything is known of the link, it
         # is taken to be as fast as computing; the first bytes put that right.
         to_stream = np.zeros_like(compute)
         to_stream[:, :-1] = np.cumsum(open_bytes[rest, ::-1], axis=1)[:, ::-1]
-        to_stream[0] += settled
-        stream = to_stream / (goodput or self.layer_bytes.sum() / self.compute_table[:, -1].sum())
+        to_stream[0] += (open_bytes * missing)[:chunk].sum()
+        rate = goodput or self.layer_bytes.sum() / self.compute_table[:, -1].sum()
+        stream = to_stream / rate
 
         depths = self.planner(compute, stream)
+        promised = makespan(compute, stream, depths)
+        if self.plans and promised > (1 - _MIN_GAIN) * makespan(compute, stream, progress.target[rest]):
+            return
         self.plans += 1
-        self._planned_at = time.monotonic()
         if self.predicted_seconds is None and goodput is not None:
-            self.predicted_seconds = self._planned_at - self._begin + makespan(compute, stream, depths)
+            self.predicted_seconds = self._planned_at - self._begin + promised
         with progress.changed:
             progress.target[rest] = depths
+            # Layers to arrive while the model is already at the rest of the prompt: as many as there is time for then.
+            owed = open_bytes * (np.arange(layers) >= progress.target[:, None])
+            late = np.cumsum(owed.sum(axis=0)[::-1]) <= query_seconds * rate
+            progress.last = layers - min(int(late.sum()), layers // 2)
         self.streamer.wake()
 
     def _compute_to_target(self, chunk: int) -> None:
-        begin = last = time.perf_counter()
-        table, progress = self.compute_table[chunk], self.progress
+        def go_on(done: int) -> bool:
+            if self.progress.link_error is not None:
+                return False
+            self._plan_if_due(chunk, done)
+            return bool(done < self.progress.target[chunk])
 
-        def go_on(layer: int) -> bool:
+        self._compute_chunk(chunk, go_on)
+
+    def _compute_chunk(self, chunk: int, go_on: Callable[[int], bool]) -> None:
+        """Compute a chunk's layers for as long as `go_on`, asked with the number of layers done, answers yes."""
+        begin = last = time.perf_counter()
+        table, span = self.compute_table[chunk], self.grid.span(chunk)
+
+        def note(layer: int) -> bool:
             nonlocal last
             now = time.perf_counter()
             self.compute_rate.observe(now - last, table[layer + 1] - table[layer])
             last = now
-            with progress.changed:
-                progress.computed[chunk] = layer + 1
-                if progress.link_error is not None:
-                    return False
-            self._plan_if_due(chunk, layer + 1)
-            return layer + 1 < progress.target[chunk]
+            with self.progress.changed:
+                self.progress.computed[chunk] = max(self.progress.computed[chunk], layer + 1)
+            return go_on(layer + 1)
 
-        self.cache.compute(self.model, self.token_ids[:, self.grid.span(chunk)], self.grid.span(chunk).start, go_on)
+        self.cache.compute(self.model, self.token_ids[:, span], span.start, note)
         self.compute_seconds += time.perf_counter() - begin
 
-    def _compute_what_is_missing(self) -> None:
-        """Compute, from the first chunk on, whatever neither path has delivered.
+    def _computing_is_quicker(self, chunk: int, missing: np.ndarray) -> bool:
+        """Whether the first incomplete chunk is better computed, from its first layer on, than waited for.
 
-        Every chunk before the one at hand is complete, so it can be computed to any depth.
+        The baselines wait, as the systems they stand for do.
         """
-        begin, progress = time.perf_counter(), self.progress
-        for chunk in filter(progress.is_missing, range(self.grid.chunks)):
-            depth = progress.streamed[chunk]
-            self.cache.compute(
-                self.model,
-                self.token_ids[:, self.grid.span(chunk)],
-                self.grid.span(chunk).start,
-                lambda layer, depth=depth: layer + 1 < depth,  # type: ignore[misc]
-            )
-            progress.computed[chunk] = depth
-        self.compute_seconds += time.perf_counter() - begin
+        if self.config.planner != "optimal":
+            return False
+        goodput = self.link_rate.goodput(time.monotonic())
+        depth = int(np.flatnonzero(missing[chunk])[-1]) + 1
+        seconds = self.compute_table[chunk, depth] * self.compute_rate.factor
+        return goodput is not None and seconds < (self.layer_bytes * missing).sum() / goodput
+
+    def _patience(self) -> float:
+        """Seconds of silence to bear: no more than what is owed takes to compute, within reason."""
+        owed = np.flatnonzero(self.progress.missing().any(axis=1))
+        seconds = float(self.compute_table[owed, -1].sum()) * self.compute_rate.factor
+        return min(self.config.stall_timeout, max(_MIN_PATIENCE, seconds))
 
     def _check(self, chunk: int, header: ChunkHeader) -> None:
         if (header.position, header.tokens) != (self.grid.span(chunk).start, self.grid.chunk_tokens):

@@ -3,37 +3,41 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm.auto import tqdm
 
 from ..config import SparKVConfig
-from ..errors import ConfigError, InputError
-from .address import chain, fingerprint
-from .codec import Coder
+from ..errors import ChunkError, InputError
+from .address import Prefix
+from .codec import MAX_HEADER, ChunkHeader, Coder
 from .forward import PrefixCache, kv_shapes
 from .grid import Grid
-from .manifest import ChunkEntry, Manifest, chunk_path, manifest_path
+from .loader import Loader
+from .manifest import MAX_MANIFEST, ChunkEntry, Manifest, chunk_path, manifest_path
 from .store import Store
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+logger = logging.getLogger("kvsched")
+
 
 @dataclass(frozen=True)
 class PublishReport:
-    """What `publish` did.
+    """What `publish` did, or would do.
 
     Args:
         tokens: tokens that the published chunks cover; a rest shorter than a chunk is not published.
         chunks: chunks of the prefix.
         chunks_written: those that were not in the store before.
-        bytes_written: bytes put into the store.
+        bytes_written: bytes put into the store; of a dry run, estimated by a single chunk, manifests not counted.
         kv_bytes: bytes of the prefix's keys and values in the model's dtype.
         seconds: wall time.
     """
@@ -51,18 +55,23 @@ def publish(
     input_ids: torch.Tensor,
     store: str | os.PathLike[str] | None = None,
     config: SparKVConfig | Mapping[str, Any] | None = None,
+    dry_run: bool = False,
 ) -> PublishReport:
     """Compute the KV cache of a context and write it to a store, for `SparKVCache` to load.
 
-    Chunks that the store holds already are not written again, so an interrupted call can be repeated and a longer
-    context with the same beginning adds only what is new. A chunk's manifest is written after the chunk, so a reader
-    never finds one that is not whole.
+    What the store holds already is not written again, so an interrupted call can be repeated and a longer context with
+    the same beginning adds only what is new; with the lossless codec that beginning is read from the store instead of
+    computed. (What a lossy codec gives back would put its errors into every later chunk.) A chunk's manifest is
+    written after the chunk, and describes the object that lies in the store whoever wrote it, so that two publishers
+    of the same context do not disturb each other and a reader never finds a chunk that is not whole.
 
     Args:
         model: the model that will read the prefix; another one, or another dtype, never finds it.
         input_ids: `[1, n]`.
         store: where to write: a folder, `file:///folder` or `s3://bucket/path`; `config.store` if left out.
-        config: codec and chunk size; a reader needs the same.
+        config: codec, chunk size and tenant; a reader needs the same.
+        dry_run: put nothing into the store; the report says what would be written. A chunk is computed if none is
+            published, to know its size.
 
     Raises:
         ConfigError: no store is named.
@@ -72,35 +81,130 @@ def publish(
     """
     begin = time.perf_counter()
     config = SparKVConfig.merge(config, {} if store is None else {"store": store})
-    if config.store is None:
-        raise ConfigError('publish() needs a store: publish(model, input_ids, store="file:///folder").')
+    target = Store.of(config, writable=True)
     if input_ids.ndim != 2 or len(input_ids) != 1 or input_ids.shape[1] < config.chunk_tokens:
         raise InputError(
             f"publish() takes token ids of shape [1, n] with n >= chunk_tokens={config.chunk_tokens}, "
             f"not {list(input_ids.shape)}. Pass one sequence, or a smaller chunk_tokens."
         )
-    target, name = Store(config.store, create=True), fingerprint(model)
-    addresses = chain(name, config.codec, config.chunk_tokens, input_ids[0])
-    grid = Grid(len(addresses), config.chunk_tokens, len(kv_shapes(model.config)))
-    cache, coder = PrefixCache(model.config, grid.tokens), Coder.of(model, config.codec)
-    entries: list[ChunkEntry] = []
-    chunks_written = bytes_written = kv_bytes = 0
-    present = target.wait(target.exists([*map(chunk_path, addresses), *map(manifest_path, addresses)]))
+    prefix, coder = Prefix.of(model, config, input_ids[0]), Coder.of(model, config.codec)
+    grid = Grid(len(prefix.addresses), config.chunk_tokens, len(prefix.payload_limits))
+    published, has_manifest = _published(target, prefix)
+    entries = list(published.chunks)
+    report = PublishReport(
+        tokens=grid.tokens,
+        chunks=grid.chunks,
+        chunks_written=grid.chunks - len(entries),
+        bytes_written=0,
+        kv_bytes=sum(2 * heads * head_dim for heads, head_dim in kv_shapes(model.config))
+        * grid.tokens
+        * model.dtype.itemsize,
+        seconds=0.0,
+    )
+    if dry_run:
+        size = _object_bytes(entries[-1]) if entries else _first_chunk_bytes(model, input_ids, coder, grid)
+        estimate = report.chunks_written * size
+        return replace(report, bytes_written=estimate, seconds=time.perf_counter() - begin)
 
-    for chunk, address in enumerate(tqdm(addresses, desc="publish", unit="chunk")):
-        span = grid.span(chunk)
-        cache.compute(model, input_ids[:, span], span.start)
-        layers = [(layer.keys[0, :, span], layer.values[0, :, span]) for layer in cache.layers]
-        kv_bytes += sum(keys.nbytes + values.nbytes for keys, values in layers)
-        header, data = coder.encode(span.start, layers)
-        head = header.to_bytes()
-        sizes = tuple(entry.length for entry in header.layers)
-        entries.append(ChunkEntry(address, len(head), hashlib.sha256(head).hexdigest(), sizes))
-        if not present[chunk]:
-            target.put(chunk_path(address), data)
-            chunks_written, bytes_written = chunks_written + 1, bytes_written + len(data)
-        if not present[chunk] or not present[grid.chunks + chunk]:
-            manifest = Manifest(name, config.codec, config.chunk_tokens, tuple(entries)).to_bytes()
+    cache = PrefixCache(model.config, grid.tokens)
+    reused = len(entries) if config.codec == "lossless" or report.chunks_written == 0 else 0
+    if reused and report.chunks_written:
+        _load(cache, model, input_ids, published, target, config)
+    bytes_written = chunks_written = 0
+    for chunk, address in enumerate(tqdm(prefix.addresses, desc="publish", unit="chunk")):
+        if chunk >= reused:
+            span = grid.span(chunk)
+            cache.compute(model, input_ids[:, span], span.start)
+        if chunk >= len(published.chunks):
+            header, data = coder.encode(grid.span(chunk).start, _chunk(cache, grid.span(chunk)))
+            entry, written = _put_chunk(target, address, header, data)
+            entries.append(entry)
+            chunks_written, bytes_written = chunks_written + bool(written), bytes_written + written
+        if chunk >= len(published.chunks) or not has_manifest[chunk]:
+            manifest = replace(published, chunks=tuple(entries[: chunk + 1])).to_bytes(prefix.key)
             target.put(manifest_path(address), manifest)
             bytes_written += len(manifest)
-    return PublishReport(grid.tokens, grid.chunks, chunks_written, bytes_written, kv_bytes, time.perf_counter() - begin)
+    seconds = time.perf_counter() - begin
+    return replace(report, chunks_written=chunks_written, bytes_written=bytes_written, seconds=seconds)
+
+
+def _published(store: Store, prefix: Prefix) -> tuple[Manifest, list[bool]]:
+    """The manifest of what needs no work, perhaps of no chunk; and for each chunk whether it has a manifest."""
+    count = len(prefix.addresses)
+    there = store.wait(store.exists([*map(chunk_path, prefix.addresses), *map(manifest_path, prefix.addresses)]))
+    has_chunk, has_manifest = there[:count], there[count:]
+    whole = has_chunk.index(False) if False in has_chunk else count
+    deepest = max((chunks for chunks in range(1, whole + 1) if has_manifest[chunks - 1]), default=0)
+    nothing = Manifest(prefix.fingerprint, prefix.codec, prefix.chunk_tokens, ())
+    if deepest == 0:
+        return nothing, has_manifest
+    data = store.wait(store.get(manifest_path(prefix.addresses[deepest - 1]), MAX_MANIFEST))
+    try:
+        return Manifest.from_bytes(data, prefix.first(deepest)), has_manifest
+    except ChunkError as error:
+        logger.warning("what is published is not usable and will be replaced: %s", error)
+        return nothing, has_manifest
+
+
+def _load(
+    cache: PrefixCache,
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,
+    published: Manifest,
+    store: Store,
+    config: SparKVConfig,
+) -> None:
+    """Stream the published chunks into `cache`; what cannot be streamed is computed by the loader."""
+    covered = len(published.chunks) * published.chunk_tokens
+    loader = Loader(model, input_ids[:, :covered], published, store, replace(config, planner="stream"))
+    with loader.streaming():
+        loader.compute()
+        for index, layer in enumerate(cache.layers):
+            loader.complete(index)
+            loaded = loader.cache.layers[index]
+            layer.write(0, loaded.keys, loaded.values)
+
+
+def _chunk(cache: PrefixCache, span: slice) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    return [(layer.keys[0, :, span], layer.values[0, :, span]) for layer in cache.layers]
+
+
+def _entry(address: str, header: ChunkHeader, head: bytes) -> ChunkEntry:
+    sizes = tuple(layer.length for layer in header.layers)
+    return ChunkEntry(address, len(head), hashlib.sha256(head).hexdigest(), sizes)
+
+
+def _object_bytes(entry: ChunkEntry) -> int:
+    return entry.header_bytes + sum(entry.payload_bytes)
+
+
+def _first_chunk_bytes(model: PreTrainedModel, input_ids: torch.Tensor, coder: Coder, grid: Grid) -> int:
+    cache = PrefixCache(model.config, grid.chunk_tokens)
+    cache.compute(model, input_ids[:, grid.span(0)], 0)
+    return len(coder.encode(0, _chunk(cache, grid.span(0)))[1])
+
+
+def _put_chunk(store: Store, address: str, header: ChunkHeader, data: bytes) -> tuple[ChunkEntry, int]:
+    """Put a chunk's object into the store, or keep the one that is there; the entry of the object that lies there now,
+    and the bytes written.
+
+    Another machine's forward can differ in the last bit, so the object that is there need not be equal to `data`.
+    """
+    path = chunk_path(address)
+    if not store.put(path, data, overwrite=False):
+        stored = store.wait(store.get(path, 2 * len(data) + MAX_HEADER))
+        head = stored[: 8 + int.from_bytes(stored[4:8], "little")]
+        try:
+            found, start = ChunkHeader.from_bytes(head), len(head)
+            for layer in found.layers:
+                payload = stored[start : start + layer.length]
+                if hashlib.sha256(payload).hexdigest() != layer.sha256:
+                    raise ChunkError(f"layer {layer.layer} is altered")
+                start += layer.length
+            if [layer.layer for layer in found.layers] == [layer.layer for layer in header.layers]:
+                return _entry(address, found, head), 0
+            raise ChunkError("it holds other layers")
+        except ChunkError as error:
+            logger.warning("the object %s is replaced: %s", path, error)
+            store.put(path, data)
+    return _entry(address, header, header.to_bytes()), len(data)

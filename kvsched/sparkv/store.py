@@ -4,49 +4,76 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncGenerator, Coroutine, Iterable
+from collections.abc import AsyncGenerator, Coroutine, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import obstore
-from obstore.exceptions import BaseError
+from obstore.exceptions import AlreadyExistsError, BaseError
 from obstore.store import LocalStore, from_url
 
-from ..errors import StoreError
+from ..config import SparKVConfig
+from ..errors import ConfigError, StoreError
 
 # A stalled read is found out by whoever reads, so the client's own limit on a whole response is put out of the way.
 _NO_LIMIT = "1 day"
 _READ_BYTES = 64 * 1024
+_IN_FLIGHT = 64
 _Result = TypeVar("_Result")
+
+
+class StoredObject(NamedTuple):
+    """What a listing says of an object."""
+
+    path: str
+    size: int
+    modified: datetime
 
 
 class Store:
     """Where published chunks live.
 
     Args:
-        uri: a folder, `file:///folder`, `http(s)://host/path` or `s3://bucket/path`.
+        uri: a folder, `file:///folder`, `http(s)://host/path` or `s3://bucket/path`. S3's credentials, region and
+            endpoint come from the environment: `AWS_ACCESS_KEY_ID`, `AWS_SECRET_ACCESS_KEY`, `AWS_REGION`,
+            `AWS_ENDPOINT_URL`, and so on.
         connect_timeout: seconds after which a server that does not answer is given up.
+        writable: for publishing: a folder is created if need be, and an HTTP server refused.
+        token: sent to an HTTP server as `Authorization: Bearer`, never to one that it redirects to.
+        certificate: a PEM file of certificate authorities to trust beside the system's.
 
     Raises:
-        StoreError: the URI is not understood, or names a folder that does not exist (`create` makes it).
+        ConfigError: a token for a store that is not behind HTTP, or a certificate that cannot be read.
+        StoreError: the URI is not understood, names a folder that does not exist, or cannot be written.
     """
 
-    def __init__(self, uri: str | os.PathLike[str], connect_timeout: float = 5.0, create: bool = False) -> None:
+    def __init__(
+        self,
+        uri: str | os.PathLike[str],
+        connect_timeout: float = 5.0,
+        writable: bool = False,
+        token: str | None = None,
+        certificate: str | os.PathLike[str] | None = None,
+    ) -> None:
         self.uri, self.connect_timeout = os.fspath(uri), connect_timeout
+        is_http = self.uri.startswith(("http://", "https://"))
+        if token is not None and not is_http:
+            raise ConfigError(f"a token is for HTTP stores; {self.uri!r} is none.")
+        if writable and is_http:
+            raise StoreError(
+                f"{self.uri!r} cannot be written: HTTP stores are read-only. Publish into the folder or the bucket "
+                "that this server serves."
+            )
         is_local = "://" not in self.uri or self.uri.startswith("file://")
         try:
             if is_local:
-                self._store: Any = LocalStore(Path(self.uri.removeprefix("file://")).absolute(), mkdir=create)
+                self._store: Any = LocalStore(Path(self.uri.removeprefix("file://")).absolute(), mkdir=writable)
             else:
                 self._store = from_url(
                     self.uri,
-                    client_options={
-                        "connect_timeout": f"{connect_timeout} seconds",
-                        "timeout": _NO_LIMIT,
-                        "allow_http": True,
-                    },
+                    client_options=_client_options(connect_timeout, token, certificate),
                     retry_config={"max_retries": 2, "retry_timeout": timedelta(seconds=connect_timeout)},
                 )
         except (BaseError, ValueError, OSError) as error:
@@ -55,30 +82,52 @@ class Store:
                 "file:///folder, http(s)://host/path or s3://bucket/path."
             ) from error
 
+    @classmethod
+    def of(cls, config: SparKVConfig, writable: bool = False) -> Store:
+        """The store that a configuration names.
+
+        Raises:
+            ConfigError: it names none.
+        """
+        if config.store is None:
+            raise ConfigError('sparkv needs a store: SparKVConfig(store="file:///folder"), or {"store": ...}.')
+        return cls(config.store, config.stall_timeout, writable, config.token, config.certificate)
+
     async def exists(self, paths: Iterable[str]) -> list[bool]:
-        """Whether each object is there; all are asked at once, so it takes one round trip.
+        """Whether each object is there; 64 are asked for at a time, so as many take one round trip.
 
         Raises:
             StoreError: the store does not answer.
         """
-        return await asyncio.gather(*map(self._exists, paths))
+        turn = asyncio.Semaphore(_IN_FLIGHT)
 
-    async def _exists(self, path: str) -> bool:
-        try:
-            await self._patiently(obstore.head_async(self._store, path))
-        except FileNotFoundError:
-            return False
-        return True
+        async def exists(path: str) -> bool:
+            try:
+                async with turn:
+                    await self._patiently(obstore.head_async(self._store, path))
+            except FileNotFoundError:
+                return False
+            return True
 
-    async def get(self, path: str) -> bytes:
+        return await asyncio.gather(*map(exists, paths))
+
+    async def get(self, path: str, limit: int) -> bytes:
         """A whole small object.
 
+        Args:
+            limit: bytes above which it is refused, before they are read.
+
         Raises:
-            StoreError: it is not there, or the store does not answer.
+            StoreError: it is not there or too large, or the store does not answer.
         """
 
         async def whole() -> bytes:
-            return bytes(await (await obstore.get_async(self._store, path)).bytes_async())
+            answer, data = await obstore.get_async(self._store, path), bytearray()
+            if answer.meta["size"] <= limit:
+                async for piece in answer.stream(min_chunk_size=_READ_BYTES):
+                    data += piece
+                return bytes(data)
+            raise StoreError(f"{path} in {self.uri} has {answer.meta['size']} bytes: {limit} are allowed")
 
         try:
             return await self._patiently(whole())
@@ -89,7 +138,7 @@ class Store:
         """Bytes `[start, stop)` of an object, in pieces as they arrive; closing the iterator ends the request.
 
         Raises:
-            StoreError: it is not there, or the store breaks off.
+            StoreError: it is not there, the store breaks off, or sends other bytes than those asked for.
         """
         try:
             answer = await obstore.get_async(self._store, path, options={"range": (start, stop)})
@@ -98,16 +147,47 @@ class Store:
         except (BaseError, OSError) as error:
             raise self._error(error) from error
 
-    def put(self, path: str, data: bytes) -> None:
-        """Write an object whole or not at all.
+    def put(self, path: str, data: bytes, overwrite: bool = True) -> bool:
+        """Write an object whole or not at all; `False` if it was there and is not to be overwritten.
 
         Raises:
             StoreError: it cannot be written.
         """
         try:
-            obstore.put(self._store, path, data)
+            obstore.put(self._store, path, data, mode="overwrite" if overwrite else "create", use_multipart=False)
+        except AlreadyExistsError:
+            return False
         except (BaseError, OSError) as error:
             raise StoreError(f"cannot write to the store {self.uri}: {_first_line(error)}") from error
+        return True
+
+    def list(self, folder: str) -> list[StoredObject]:
+        """Every object below `folder`.
+
+        Raises:
+            StoreError: the store cannot be listed; HTTP servers cannot.
+        """
+        try:
+            pages = obstore.list(self._store, folder)
+            return [
+                StoredObject(item["path"], item["size"], item["last_modified"]) for page in pages for item in page
+            ]
+        except (BaseError, OSError) as error:
+            raise StoreError(f"cannot list the store {self.uri}: {_first_line(error)}") from error
+
+    def delete(self, paths: Sequence[str]) -> None:
+        """Delete objects; one that is gone already is no error.
+
+        Raises:
+            StoreError: one cannot be deleted.
+        """
+        for path in paths:
+            try:
+                obstore.delete(self._store, path)
+            except FileNotFoundError:
+                continue
+            except (BaseError, OSError) as error:
+                raise StoreError(f"cannot delete from the store {self.uri}: {_first_line(error)}") from error
 
     @staticmethod
     def wait(work: Coroutine[Any, Any, _Result]) -> _Result:
@@ -118,7 +198,7 @@ class Store:
     async def _patiently(self, request: Any) -> Any:
         try:
             return await asyncio.wait_for(request, self.connect_timeout)
-        except FileNotFoundError:
+        except (FileNotFoundError, StoreError):
             raise
         except (BaseError, OSError, asyncio.TimeoutError) as error:
             raise self._error(error) from error
@@ -126,6 +206,20 @@ class Store:
     def _error(self, error: Exception) -> StoreError:
         reason = _first_line(error) or f"no answer within {self.connect_timeout} seconds"
         return StoreError(f"cannot read from the store {self.uri}: {reason}")
+
+
+def _client_options(
+    connect_timeout: float, token: str | None, certificate: str | os.PathLike[str] | None
+) -> dict[str, Any]:
+    options = {"connect_timeout": f"{connect_timeout} seconds", "timeout": _NO_LIMIT, "allow_http": True}
+    if token is not None:
+        options["default_headers"] = {"Authorization": f"Bearer {token}"}
+    if certificate is not None:
+        try:
+            options["root_certificate"] = Path(certificate).read_bytes()
+        except OSError as error:
+            raise ConfigError(f"certificate={os.fspath(certificate)!r} cannot be read: {error}.") from error
+    return options
 
 
 def _first_line(error: Exception) -> str:

@@ -8,7 +8,7 @@ import hashlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
 
 import numpy as np
 
@@ -22,43 +22,69 @@ from .store import Store
 logger = logging.getLogger("kvsched")
 
 
+_REQUESTS = 2
+
+
 def _nothing() -> object:
     return None
 
 
 class Progress:
-    """How far each chunk is, shared by both paths: layers `[0, computed)` and `[streamed, layers)` are in place.
+    """What is in place, shared by both paths and guarded by `changed`.
 
-    `target` is the plan: the depth at which computing and streaming of a chunk are to meet. `changed` guards it all.
+    Args:
+        grid: the prefix.
+
+    Attributes:
+        computed: `[chunks]`, layers `[0, computed)` of each chunk are computed.
+        arrived: bool `[chunks, layers]`, what has been streamed.
+        target: `[chunks]`, the plan: layers from here on are to be streamed.
+        last: layers from here on are streamed after all others. The model's own pass over the rest of the prompt
+            needs them last, so it can begin while they are still arriving.
+        damaged: chunks that are not streamed any further.
+        link_error: why nothing is streamed any more.
     """
 
     def __init__(self, grid: Grid) -> None:
-        self.grid = grid
         self.changed = threading.Condition()
         self.computed = np.zeros(grid.chunks, dtype=int)
-        self.streamed = np.full(grid.chunks, grid.layers)
+        self.arrived = np.zeros((grid.chunks, grid.layers), dtype=bool)
         self.target = np.zeros(grid.chunks, dtype=int)
+        self.last = grid.layers
         self.damaged: set[int] = set()
         self.link_error: StoreError | None = None
 
-    def is_missing(self, chunk: int) -> bool:
-        """Whether a layer of `chunk` is in place by neither route."""
-        return bool(self.computed[chunk] < self.streamed[chunk])
+    def missing(self) -> np.ndarray:
+        """bool `[chunks, layers]`: what is in place by neither route."""
+        return ~self.arrived & (np.arange(self.arrived.shape[1]) >= self.computed[:, None])
 
-    def next_to_stream(self) -> int | None:
-        """The last chunk of which the plan still wants layers streamed; `None` if there is none."""
-        wanted = [t for t in np.flatnonzero(self.streamed > self.target).tolist() if t not in self.damaged]
-        return wanted[-1] if wanted else None
+    def next_to_stream(self, busy: Iterable[int] = ()) -> tuple[int, int, int] | None:
+        """The next run of layers to stream, as `(chunk, upper, lower)` for layers `[lower, upper)`.
+
+        Last chunk first; `None` if the plan wants nothing more of chunks that are not `busy`.
+        """
+        layers = np.arange(self.arrived.shape[1])
+        wanted = ~self.arrived & (layers >= self.target[:, None])
+        wanted[[*self.damaged, *busy]] = False
+        for part in (wanted & (layers < self.last), wanted):
+            if part.any():
+                chunk = int(np.flatnonzero(part.any(axis=1))[-1])
+                upper = int(np.flatnonzero(part[chunk])[-1]) + 1
+                gaps = np.flatnonzero(~part[chunk, :upper])
+                return chunk, upper, int(gaps[-1]) + 1 if len(gaps) else 0
+        return None
 
 
 class Streamer:
     """Streams a prefix from the back: last chunk first, in each chunk the last layer first, down to its target.
 
+    Two requests are under way at any time, so that the link does not idle for a round trip between chunks.
+
     Args:
         store, manifest, coder: where and what is published, and how it is read.
         progress: shared with the computing path.
         rate: told of every byte that arrives.
-        stall_timeout: seconds of silence after which the link counts as dead.
+        patience: asked for the seconds of silence after which the link counts as dead.
         check: called with a chunk and its header; raises `ChunkError` if the header does not fit the model.
         deliver: called with a chunk, a layer, its keys and its values `[heads, tokens, head_dim]`.
     """
@@ -70,15 +96,16 @@ class Streamer:
         coder: Coder,
         progress: Progress,
         rate: LinkRate,
-        stall_timeout: float,
+        patience: Callable[[], float],
         check: Callable[[int, ChunkHeader], None],
         deliver: Callable[..., None],
     ) -> None:
         self.store, self.manifest, self.coder = store, manifest, coder
-        self.progress, self.rate, self.stall_timeout = progress, rate, stall_timeout
+        self.progress, self.rate, self.patience = progress, rate, patience
         self.check, self.deliver = check, deliver
         self.bytes_streamed, self.seconds = 0, 0.0
-        self._headers: dict[int, ChunkHeader] = {}
+        self._headers: dict[int, asyncio.Task[ChunkHeader]] = {}
+        self._last_arrival = 0.0
         self._wake, self._stop = _nothing, _nothing
 
     @contextlib.contextmanager
@@ -124,82 +151,117 @@ class Streamer:
             self._wake()
 
     async def _stream(self, plan_changed: asyncio.Event) -> None:
-        begin = time.monotonic()
-        while True:
-            plan_changed.clear()
-            with self.progress.changed:
-                chunk = self.progress.next_to_stream()
-            if chunk is None:
-                await plan_changed.wait()
-                continue
-            try:
-                await self._fetch(chunk)
-            except ChunkError as error:
-                logger.warning("a published chunk is refused and will be computed: %s", error)
+        begin = self._last_arrival = time.monotonic()
+        fetches: dict[asyncio.Task[None], int] = {}
+        try:
+            while True:
+                plan_changed.clear()
                 with self.progress.changed:
-                    self.progress.damaged.add(chunk)
-                    self.progress.changed.notify_all()
-            except StoreError as error:
-                logger.warning("streaming has stopped, the rest is computed: %s", error)
-                self._give_up(error)
-                return
-            self.seconds = time.monotonic() - begin
+                    piece = self.progress.next_to_stream(fetches.values()) if len(fetches) < _REQUESTS else None
+                if piece is not None:
+                    self._last_arrival = time.monotonic()  # silence counts from a request on
+                    fetches[asyncio.create_task(self._fetch(*piece))] = piece[0]
+                    continue
+                if not fetches:
+                    self.rate.pause(time.monotonic())
+                waker = asyncio.create_task(plan_changed.wait())
+                await asyncio.wait({waker, *fetches}, return_when=asyncio.FIRST_COMPLETED)
+                waker.cancel()
+                for fetch in [fetch for fetch in fetches if fetch.done()]:
+                    chunk = fetches.pop(fetch)
+                    try:
+                        fetch.result()
+                    except ChunkError as error:
+                        self._refuse(chunk, error)
+                    self.seconds = time.monotonic() - begin
+        except StoreError as error:
+            logger.warning("streaming has stopped, the rest is computed: %s", error)
+            self._give_up(error)
+        finally:
+            left = [*fetches, *self._headers.values()]
+            for task in left:
+                task.cancel()
+            await asyncio.gather(*left, return_exceptions=True)
+
+    def _refuse(self, chunk: int, error: ChunkError) -> None:
+        logger.warning("a published chunk is refused and will be computed: %s", error)
+        with self.progress.changed:
+            self.progress.damaged.add(chunk)
+            self.progress.changed.notify_all()
 
     def _give_up(self, error: StoreError) -> None:
         with self.progress.changed:
             self.progress.link_error = error
             self.progress.changed.notify_all()
 
-    async def _fetch(self, chunk: int) -> None:
-        """Stream layers of one chunk from where it stands down to its target, which may move meanwhile."""
-        entry, progress = self.manifest.chunks[chunk], self.progress
-        with progress.changed:
-            upper, lower = int(progress.streamed[chunk]), int(progress.target[chunk])
-        start, stop = entry.payload_span(upper, lower)
+    async def _fetch(self, chunk: int, upper: int, lower: int) -> None:
+        """Stream layers `[lower, upper)` of a chunk, or fewer when its target rises meanwhile."""
+        entry, progress, received = self.manifest.chunks[chunk], self.progress, bytearray()
         if chunk not in self._headers:
-            start = 0  # the header lies before the last layer's payload, so both come in one request
-        received = bytearray()
+            # Asked for beside the payloads, not before them: no round trip is spent on it.
+            self._headers[chunk] = asyncio.create_task(self._fetch_header(chunk))
         self.rate.observe(0, time.monotonic())
-        async with contextlib.aclosing(self.store.read(chunk_path(entry.address), start, stop)) as pieces:
-            while True:
-                try:
-                    piece = await asyncio.wait_for(anext(pieces), self.stall_timeout)
-                except StopAsyncIteration:
-                    raise ChunkError(f"chunk {chunk} ends early, in layer {upper - 1}") from None
-                except asyncio.TimeoutError:
-                    raise StoreError(f"not one byte from {self.store.uri} in {self.stall_timeout} seconds") from None
+        async with contextlib.aclosing(self._pieces(entry.address, *entry.payload_span(upper, lower))) as pieces:
+            async for piece in pieces:
                 received += piece
-                self.bytes_streamed += len(piece)
-                self.rate.observe(len(piece), time.monotonic())
-                if chunk not in self._headers:
-                    if len(received) < entry.header_bytes:
-                        continue
-                    self._headers[chunk] = self._read_header(chunk, bytes(received[: entry.header_bytes]))
-                    del received[: entry.header_bytes]
-                upper = self._take_payloads(chunk, upper, received)
+                upper = self._take_payloads(chunk, await self._headers[chunk], upper, received)
                 with progress.changed:
                     if upper <= max(lower, int(progress.target[chunk])):
                         return
+        raise ChunkError(f"chunk {chunk} ends early, in layer {upper - 1}")
 
-    def _read_header(self, chunk: int, data: bytes) -> ChunkHeader:
-        entry = self.manifest.chunks[chunk]
+    async def _fetch_header(self, chunk: int) -> ChunkHeader:
+        entry, data = self.manifest.chunks[chunk], bytearray()
+        async with contextlib.aclosing(self._pieces(entry.address, 0, entry.header_bytes)) as pieces:
+            async for piece in pieces:
+                data += piece
         if hashlib.sha256(data).hexdigest() != entry.header_sha256:
             raise ChunkError(f"the header of chunk {chunk} is not the one that was published")
-        header = ChunkHeader.from_bytes(data)
+        header = ChunkHeader.from_bytes(bytes(data))
         if [layer.length for layer in header.layers] != list(entry.payload_bytes):
             raise ChunkError(f"the header of chunk {chunk} contradicts its manifest")
         self.check(chunk, header)
         return header
 
-    def _take_payloads(self, chunk: int, upper: int, received: bytearray) -> int:
+    async def _pieces(self, address: str, start: int, stop: int) -> AsyncGenerator[bytes, None]:
+        """Bytes `[start, stop)` of a chunk object as they arrive, as long as anything arrives on any request.
+
+        Raises:
+            StoreError: the link is silent for too long.
+        """
+        async with contextlib.aclosing(self.store.read(chunk_path(address), start, stop)) as pieces:
+            while True:
+                piece = asyncio.ensure_future(anext(pieces))
+                try:
+                    while not piece.done():
+                        patience = self.patience()
+                        left = self._last_arrival + patience - time.monotonic()
+                        if left <= 0:
+                            raise StoreError(f"not one byte from {self.store.uri} in {patience:.1f} seconds")
+                        await asyncio.wait({piece}, timeout=left)
+                finally:
+                    if not piece.done():  # closing the iterator has to wait for the read that is under way
+                        piece.cancel()
+                        await asyncio.wait({piece})
+                try:
+                    data = piece.result()
+                except StopAsyncIteration:
+                    return
+                self._last_arrival = time.monotonic()
+                self.bytes_streamed += len(data)
+                self.rate.observe(len(data), self._last_arrival)
+                yield data
+
+    def _take_payloads(self, chunk: int, header: ChunkHeader, upper: int, received: bytearray) -> int:
         """Decode every payload that has arrived whole; the lowest layer that is in place now."""
-        header = self._headers[chunk]
         while upper > 0 and len(received) >= (entry := header.layers[len(header.layers) - upper]).length:
             keys, values = self.coder.decode(header, entry, bytes(received[: entry.length]))
             del received[: entry.length]
             self.deliver(chunk, entry.layer, keys, values)
             upper -= 1
             with self.progress.changed:
-                self.progress.streamed[chunk] = upper
+                self.progress.arrived[chunk, upper] = True
                 self.progress.changed.notify_all()
+            if not received:
+                break
         return upper

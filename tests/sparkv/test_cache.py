@@ -110,13 +110,50 @@ def test_another_model_never_finds_the_prefix(published, tiny_model) -> None:
     assert report.loaded_tokens == 0
 
 
-def test_padded_and_mixed_batches_are_computed(published) -> None:
+def test_a_padded_prompt_is_loaded(published) -> None:
     model, prompt, options = published
-    two = torch.cat([prompt, draw(1, 250, seed=3)])
-    assert "different prompts" in expect_same_tokens(model, two, options).report().fallback
-    mask = torch.ones_like(prompt)
-    mask[:, :5] = 0
-    assert "padded" in expect_same_tokens(model, prompt, options, attention_mask=mask).report().fallback
+    padded = torch.cat([torch.zeros(1, 9, dtype=torch.long), prompt], dim=1)
+    mask = (torch.arange(259)[None] >= 9).long()
+    report = expect_same_tokens(model, padded, options, attention_mask=mask).report()
+    assert (report.prompt_tokens, report.loaded_tokens, report.fallback) == (250, 224, None)
+
+
+def test_a_batch_of_prompts_published_in_part(published) -> None:
+    """One published far, one not at all, one less far and padded, and the first once more."""
+    model, prompt, options = published
+    short = torch.cat([torch.zeros(1, 50, dtype=torch.long), prompt[:, :100], draw(1, 100, seed=4)], dim=1)
+    batch = torch.cat([prompt, draw(1, 250, seed=3), short, prompt])
+    mask = torch.ones_like(batch)
+    mask[2, :50] = 0
+    report = expect_same_tokens(model, batch, options, attention_mask=mask).report()
+    assert report.prompt_tokens == 250 + 250 + 200 and report.loaded_tokens == 224 + 96
+    assert len(report.depths) == 7 + 3 and "no prefix" in report.fallback
+
+
+@torch.no_grad()
+def test_logits_of_a_padded_batch_equal_full_prefill(published) -> None:
+    model, prompt, options = published
+    batch = torch.cat([prompt, torch.cat([torch.zeros(1, 30, dtype=torch.long), prompt[:, :220]], dim=1)])
+    mask = torch.ones_like(batch)
+    mask[1, :30] = 0
+    positions = (mask.cumsum(1) - 1).clamp_min(0)
+    cache = SparKVCache(model.config, options)
+    cache.load(model, batch, mask)
+    seen = cache.get_seq_length()
+    assert seen == 224
+    inputs = {"attention_mask": mask, "position_ids": positions[:, seen:], "past_key_values": cache}
+    expected = model(batch, attention_mask=mask, position_ids=positions).logits[:, seen:]
+    torch.testing.assert_close(model(batch[:, seen:], **inputs).logits, expected, atol=1e-4, rtol=0)
+
+
+def test_an_exception_while_loading_leaves_an_empty_cache(published, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, prompt, options = published
+    cache = SparKVCache(model.config, options)
+    with pytest.raises(RuntimeError, match="stop"), cache.loading(model, prompt):
+        assert cache.get_seq_length() == 224
+        raise RuntimeError("stop")
+    assert cache.get_seq_length() == 0
+    assert cache.load(model, prompt).loaded_tokens == 224
 
 
 def test_a_store_that_does_not_answer_is_a_local_prefill(published, caplog: pytest.LogCaptureFixture) -> None:

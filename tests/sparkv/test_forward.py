@@ -1,14 +1,11 @@
 from __future__ import annotations
 
-import threading
-import time
-
 import pytest
 import torch
 from transformers import DynamicCache, Qwen3NextConfig
 
 from kvsched.errors import UnsupportedModelError
-from kvsched.sparkv.forward import PrefixCache, PrefixLayer, kv_shapes
+from kvsched.sparkv.forward import PrefixCache, kv_shapes
 
 KINDS = ["qwen2", "llama", "gemma3"]
 
@@ -45,21 +42,22 @@ def test_shapes_are_those_the_model_produces(tiny_model, kind: str) -> None:
     assert kv_shapes(model.config) == [(keys.shape[1], keys.shape[3]) for keys, _ in expected]
 
 
-def test_two_threads_that_write_first_write_to_the_same_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The computing and the streaming path may both bring a layer's first tokens at the same moment."""
-    allocate = PrefixLayer.lazy_initialization
+@pytest.mark.parametrize("kind", KINDS)
+def test_allocated_memory_is_where_both_paths_write(tiny_model, kind: str) -> None:
+    model = tiny_model(kind)
+    cache = PrefixCache(model.config, 64).allocate(model)
+    before = [layer.keys.data_ptr() for layer in cache.layers]
+    cache.compute(model, torch.arange(32)[None], 0)
+    assert [layer.keys.data_ptr() for layer in cache.layers] == before
+    assert {layer.keys.shape[2] for layer in cache.layers} == {64}
 
-    def slowly(self: PrefixLayer, *states: torch.Tensor) -> None:
-        time.sleep(0.05)
-        allocate(self, *states)
 
-    monkeypatch.setattr(PrefixLayer, "lazy_initialization", slowly)
-    layer, ones = PrefixLayer(8, is_sliding=False), torch.ones(1, 2, 4, 3)
-    other = threading.Thread(target=layer.write, args=(4, 2 * ones, 2 * ones))
-    other.start()
-    layer.write(0, ones, ones)
-    other.join()
-    assert torch.equal(layer.keys, torch.cat([ones, 2 * ones], dim=2))
+def test_a_model_that_hands_over_other_shapes_is_refused(tiny_model) -> None:
+    model = tiny_model("qwen2")
+    cache = PrefixCache(model.config, 64).allocate(model)
+    cache.layers[0].lazy_initialization(torch.empty(1, 3, 0, 16), torch.empty(1, 3, 0, 16))
+    with pytest.raises(UnsupportedModelError, match="2 heads of 16"):
+        cache.compute(model, torch.arange(32)[None], 0)
 
 
 def test_layers_above_the_depth_are_not_run(tiny_model) -> None:

@@ -13,10 +13,10 @@ import torch
 from transformers import DynamicCache
 
 from kvsched.config import SparKVConfig
-from kvsched.sparkv import loader
+from kvsched.sparkv import address, loader
 from kvsched.sparkv.address import chain, fingerprint
 from kvsched.sparkv.loader import Loader, LoadResult
-from kvsched.sparkv.manifest import Manifest, chunk_path, manifest_path
+from kvsched.sparkv.manifest import chunk_path, find
 from kvsched.sparkv.publish import publish
 from kvsched.sparkv.serve import running
 from kvsched.sparkv.store import Store
@@ -45,16 +45,20 @@ class Prefix:
 
     def loader(self, uri: str | Path | None = None, goodput: float | None = None, **options: object) -> Loader:
         store = Store(uri or self.folder)
-        path = manifest_path(self.addresses[-1])
-        layers = self.model.config.num_hidden_layers
-        manifest = Manifest.from_bytes(
-            store.wait(store.get(path)), fingerprint(self.model), "lossless", self.addresses, layers
-        )
         config = SparKVConfig(chunk_tokens=CHUNK, **options)  # type: ignore[arg-type]
+        manifest = store.wait(find(store, address.Prefix.of(self.model, config, self.ids[0])))
+        assert manifest is not None
         return Loader(self.model, self.ids, manifest, store, config, goodput)
 
     def load(self, uri: str | Path | None = None, **options: object) -> LoadResult:
-        result = self.loader(uri, **options).run()
+        return self.run(self.loader(uri, **options))
+
+    def run(self, one: Loader, layers: list[int] | None = None) -> LoadResult:
+        with one.streaming():
+            one.compute()
+            for layer in layers or range(one.grid.layers):
+                one.complete(layer)
+        result = one.result()
         for loaded, layer in zip(result.cache.layers, self.expected.layers, strict=True):
             torch.testing.assert_close(loaded.keys, layer.keys, atol=1e-5, rtol=1e-5)
             torch.testing.assert_close(loaded.values, layer.values, atol=1e-5, rtol=1e-5)
@@ -83,8 +87,12 @@ def test_any_sequence_of_plans_gives_the_same_keys(prefix: Prefix, monkeypatch: 
 
     monkeypatch.setitem(loader.PLANNERS, "optimal", anything)
     monkeypatch.setattr(loader, "_REPLAN_SECONDS", 0.0)
-    result = prefix.load()
-    assert result.fallback is None and result.plans > CHUNKS
+    monkeypatch.setattr(loader, "_MIN_GAIN", -1e9)
+    monkeypatch.setattr(loader.Loader, "_computing_is_quicker", lambda *_: bool(rng.random() < 0.3))
+    one = prefix.loader()
+    one.query_seconds = float(rng.choice([0, 1]))
+    prefix.run(one, layers=rng.permutation(one.grid.layers).tolist())
+    assert one.result().fallback is None and one.plans > 2
 
 
 def test_the_plan_computes_more_the_slower_the_link(prefix: Prefix, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,7 +114,7 @@ def test_the_plan_waits_for_no_layer_that_is_still_to_come(prefix: Prefix) -> No
     one.progress.computed[0] = 2
     one._plan(1, 0)
     assert one.progress.target[1:].max() == 3
-    one.progress.streamed[0] = 2
+    one.progress.arrived[0, 2:] = True
     one._plan(1, 0)
     assert one.progress.target[1:].max() == prefix.model.config.num_hidden_layers
 
@@ -140,11 +148,12 @@ def test_every_chunk_damaged_is_a_local_prefill(prefix: Prefix) -> None:
 
 def test_a_stalled_link_is_given_up_after_its_timeout(prefix: Prefix) -> None:
     with running(prefix.folder) as server:
-        link = shaped_link(server, mbit=4, rtt_ms=2)
+        link = shaped_link(server, mbit=2, rtt_ms=2)
         with link as url:
-            stall = threading.Timer(0.2, lambda: setattr(link, "mbit", 0))
+            one = prefix.loader(url, planner="stream", stall_timeout=0.5)
+            stall = threading.Timer(0.1, lambda: setattr(link, "mbit", 0))
             stall.start()
-            result = prefix.load(url, planner="stream", stall_timeout=0.5)
+            result = prefix.run(one)
             stall.join()
     assert result.fallback is not None and "not one byte" in result.fallback
     assert result.seconds < 10 and max(result.depths) > 0
@@ -152,10 +161,11 @@ def test_a_stalled_link_is_given_up_after_its_timeout(prefix: Prefix) -> None:
 
 def test_a_link_that_breaks_is_given_up(prefix: Prefix) -> None:
     with running(prefix.folder) as server, contextlib.ExitStack() as link:
-        url = link.enter_context(shaped_link(server, mbit=4, rtt_ms=2))
-        cut = threading.Timer(0.2, link.close)
+        url = link.enter_context(shaped_link(server, mbit=2, rtt_ms=2))
+        one = prefix.loader(url, planner="stream", stall_timeout=2.0)
+        cut = threading.Timer(0.1, link.close)
         cut.start()
-        result = prefix.load(url, planner="stream", stall_timeout=2.0)
+        result = prefix.run(one)
         cut.join()
     assert result.fallback is not None and max(result.depths) > 0
 
