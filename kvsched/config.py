@@ -136,7 +136,13 @@ class SparKVConfig(CacheConfig):
         codec: how a layer of a chunk is written. `lossless` keeps every bit of the model's dtype.
         chunk_tokens: tokens in a chunk, the unit that is published, streamed or computed. The paper uses 1024;
             256 lets a context of a few thousand tokens be divided finely enough for both paths to end together.
-        planner: `optimal` divides the work by cost, `stream` streams the whole prefix, `local` computes all of it.
+        planner: `optimal` divides the work by cost. The rest are for comparison: `stream` streams the whole prefix,
+            `local` computes all of it, `token_split` computes the first chunks and streams the others, `layer_split`
+            computes the same lower layers of all, `greedy` is the SparKV paper's scheduler.
+        device: whose power profile energy is reckoned by: a name from `configs/devices`, or a YAML file.
+        radio: of that device, over which chunks arrive.
+        energy_weight: what `optimal` minimises, from 0 (time) to 1 (energy). In between a joule weighs as much as the
+            time in which the device would use it computing; anything above 0 needs `device`.
         stall_timeout: seconds without one arriving byte after which a stream is given up and its part computed.
         token: sent to an HTTP server as `Authorization: Bearer`; give it to `https` stores only. S3 takes its
             credentials, region and endpoint from the environment (`AWS_ACCESS_KEY_ID`, `AWS_ENDPOINT_URL`, ...).
@@ -148,7 +154,10 @@ class SparKVConfig(CacheConfig):
     store: str | os.PathLike[str] | None = None
     codec: Literal["lossless"] = "lossless"
     chunk_tokens: int = 256
-    planner: Literal["optimal", "stream", "local"] = "optimal"
+    planner: Literal["optimal", "greedy", "local", "stream", "token_split", "layer_split"] = "optimal"
+    device: str | os.PathLike[str] | None = None
+    radio: str = "wifi"
+    energy_weight: float = 0.0
     stall_timeout: float = 5.0
     token: str | None = dataclasses.field(default=None, repr=False)
     certificate: str | os.PathLike[str] | None = None
@@ -157,6 +166,8 @@ class SparKVConfig(CacheConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._require("chunk_tokens", 16 <= self.chunk_tokens <= 65536, "between 16 and 65536")
+        self._require("energy_weight", 0 <= self.energy_weight <= 1, "between 0 (time) and 1 (energy)")
+        self._require("energy_weight", self.energy_weight == 0 or self.device is not None, "0 where no device is named")
         self._require("stall_timeout", self.stall_timeout > 0, "above zero seconds")
         self._require("token", self.token is None or self.token.isascii() and self.token.isprintable(), "ASCII text")
         strong = self.tenant_secret is None or len(self.tenant_secret) >= 16
