@@ -64,3 +64,48 @@ def serve(
     from .sparkv.serve import serve as run
 
     run(directory, host, port)
+
+
+@app.command()
+def publish(
+    document: Annotated[Path, typer.Argument(help="A text, or a .json file that holds one list of token ids.")],
+    store: Annotated[str | None, typer.Option(help="A folder, file:///folder or s3://bucket/path.")] = None,
+    name: Annotated[str | None, typer.Option("--model", help="A folder or a name on the hub.")] = None,
+    config: Annotated[Path | None, typer.Option(help="A YAML file of SparKV options.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be written, write nothing.")] = False,
+) -> None:
+    """Compute a document's KV cache and put it into a store, for SparKV to load."""
+    from .config import SparKVConfig
+    from .hub import load_model
+    from .sparkv.publish import publish as run
+    from .sparkv.publish import read_token_ids
+
+    options = SparKVConfig() if config is None else SparKVConfig.from_yaml(config)
+    model, tokenizer = load_model(name)
+    report = run(model, read_token_ids(document, tokenizer), store, options, dry_run)
+    typer.echo(
+        f"{'would write' if dry_run else 'wrote'} {report.chunks_written} of {report.chunks} chunks, "
+        f"{'about ' if dry_run else ''}{report.bytes_written / 1e6:.1f} MB, for {report.tokens} tokens "
+        f"({report.kv_bytes / 1e6:.1f} MB of keys and values) in {report.seconds:.1f} s"
+    )
+
+
+@app.command()
+def gc(
+    store: Annotated[str, typer.Argument(help="A folder, file:///folder or s3://bucket/path.")],
+    older_than: Annotated[str | None, typer.Option(help="Delete prefixes last extended before that: 12h, 30d.")] = None,
+    max_size: Annotated[str | None, typer.Option(help="Delete the oldest prefixes until the rest fits: 10GB.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be deleted, delete nothing.")] = False,
+) -> None:
+    """Delete old prefixes from a store, and what interrupted publications left there."""
+    from .config import parse_bytes, parse_duration
+    from .sparkv.gc import collect
+    from .sparkv.store import Store
+
+    age = None if older_than is None else parse_duration(older_than)
+    size = None if max_size is None else parse_bytes(max_size)
+    report = collect(Store(store), age, size, dry_run=dry_run)
+    typer.echo(
+        f"{'would delete' if dry_run else 'deleted'} {report.manifests} manifests and {report.chunks} chunks, "
+        f"{report.bytes_freed / 1e6:.1f} MB; {report.bytes_kept / 1e6:.1f} MB stay"
+    )

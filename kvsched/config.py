@@ -49,7 +49,7 @@ def parse_duration(duration: str) -> timedelta:
     """
     match = re.fullmatch(r"\s*(\d{1,6}(?:\.\d+)?)\s*([smhdw])\s*", duration)
     if match is None:
-        raise ConfigError(f"{duration!r} is not a duration: write a number and s, m, h, d or w, such as '12h' or '30d'.")
+        raise ConfigError(f"{duration!r} is not a duration: write a number and s, m, h, d or w, such as '30d'.")
     return timedelta(**{_DURATIONS[match[2]]: float(match[1])})
 
 
@@ -169,7 +169,7 @@ class SparKVConfig(CacheConfig):
         self._require("energy_weight", 0 <= self.energy_weight <= 1, "between 0 (time) and 1 (energy)")
         self._require("energy_weight", self.energy_weight == 0 or self.device is not None, "0 where no device is named")
         self._require("stall_timeout", self.stall_timeout > 0, "above zero seconds")
-        self._require("token", self.token is None or self.token.isascii() and self.token.isprintable(), "ASCII text")
+        self._require("token", (self.token or "").isascii() and (self.token or "").isprintable(), "ASCII text")
         strong = self.tenant_secret is None or len(self.tenant_secret) >= 16
         self._require("tenant_secret", strong, "at least 16 characters, so that it cannot be guessed")
 

@@ -8,9 +8,11 @@ import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
+from pydantic import Field, TypeAdapter
 from tqdm.auto import tqdm
 
 from ..config import SparKVConfig
@@ -24,9 +26,13 @@ from .manifest import MAX_MANIFEST, ChunkEntry, Manifest, chunk_path, manifest_p
 from .store import Store
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger("kvsched")
+
+_EXACT = {"lossless"}  # codecs that give back what was computed, so that computing can go on from it
+
+_IDS = TypeAdapter(list[Annotated[int, Field(strict=True, ge=0, lt=1 << 31)]])
 
 
 @dataclass(frozen=True)
@@ -107,7 +113,7 @@ def publish(
         return replace(report, bytes_written=estimate, seconds=time.perf_counter() - begin)
 
     cache = PrefixCache(model.config, grid.tokens)
-    reused = len(entries) if config.codec == "lossless" or report.chunks_written == 0 else 0
+    reused = len(entries) if config.codec in _EXACT or report.chunks_written == 0 else 0
     if reused and report.chunks_written:
         _load(cache, model, input_ids, published, target, config)
     bytes_written = chunks_written = 0
@@ -126,6 +132,20 @@ def publish(
             bytes_written += len(manifest)
     seconds = time.perf_counter() - begin
     return replace(report, chunks_written=chunks_written, bytes_written=bytes_written, seconds=seconds)
+
+
+def read_token_ids(path: Path, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
+    """Token ids `[1, n]` of a file: one list of them in a `.json` file, UTF-8 text for the tokenizer in any other.
+
+    Raises:
+        InputError: the file cannot be read, or is not that.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        ids = _IDS.validate_json(text) if path.suffix == ".json" else tokenizer(text).input_ids
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} is neither UTF-8 text nor a .json file that holds a list of ids: {error}") from error
+    return torch.tensor([ids], dtype=torch.int64)
 
 
 def _published(store: Store, prefix: Prefix) -> tuple[Manifest, list[bool]]:

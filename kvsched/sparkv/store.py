@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 from collections.abc import AsyncGenerator, Coroutine, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -161,7 +162,7 @@ class Store:
             raise StoreError(f"cannot write to the store {self.uri}: {_first_line(error)}") from error
         return True
 
-    def list(self, folder: str) -> list[StoredObject]:
+    def list_objects(self, folder: str) -> list[StoredObject]:
         """Every object below `folder`.
 
         Raises:
@@ -169,9 +170,7 @@ class Store:
         """
         try:
             pages = obstore.list(self._store, folder)
-            return [
-                StoredObject(item["path"], item["size"], item["last_modified"]) for page in pages for item in page
-            ]
+            return [StoredObject(item["path"], item["size"], item["last_modified"]) for page in pages for item in page]
         except (BaseError, OSError) as error:
             raise StoreError(f"cannot list the store {self.uri}: {_first_line(error)}") from error
 
@@ -181,13 +180,15 @@ class Store:
         Raises:
             StoreError: one cannot be deleted.
         """
-        for path in paths:
-            try:
-                obstore.delete(self._store, path)
-            except FileNotFoundError:
-                continue
-            except (BaseError, OSError) as error:
-                raise StoreError(f"cannot delete from the store {self.uri}: {_first_line(error)}") from error
+        try:
+            with contextlib.suppress(FileNotFoundError):
+                obstore.delete(self._store, paths)  # in bulk where the store can
+                return
+            for path in paths:
+                with contextlib.suppress(FileNotFoundError):
+                    obstore.delete(self._store, path)
+        except (BaseError, OSError) as error:
+            raise StoreError(f"cannot delete from the store {self.uri}: {_first_line(error)}") from error
 
     @staticmethod
     def wait(work: Coroutine[Any, Any, _Result]) -> _Result:
@@ -208,10 +209,12 @@ class Store:
         return StoreError(f"cannot read from the store {self.uri}: {reason}")
 
 
-def _client_options(
-    connect_timeout: float, token: str | None, certificate: str | os.PathLike[str] | None
-) -> dict[str, Any]:
-    options = {"connect_timeout": f"{connect_timeout} seconds", "timeout": _NO_LIMIT, "allow_http": True}
+def _client_options(connect_timeout: float, token: str | None, certificate: str | os.PathLike[str] | None) -> Any:
+    options: dict[str, Any] = {
+        "connect_timeout": f"{connect_timeout} seconds",
+        "timeout": _NO_LIMIT,
+        "allow_http": True,
+    }
     if token is not None:
         options["default_headers"] = {"Authorization": f"Bearer {token}"}
     if certificate is not None:

@@ -32,13 +32,13 @@ def store(request: pytest.FixtureRequest, tmp_path: Path):
 
 def test_existence_whole_objects_and_ranges(store: Store) -> None:
     assert store.wait(store.exists(["a/b.bin", "a/c.bin"])) == [True, False]
-    assert store.wait(store.get("a/b.bin")) == DATA
+    assert store.wait(store.get("a/b.bin", 1 << 20)) == DATA
     assert store.wait(collect(store, "a/b.bin", 1000, 400_000)) == DATA[1000:400_000]
 
 
 def test_what_is_not_there_is_an_error(store: Store) -> None:
     with pytest.raises(StoreError, match=r"a/c\.bin"):
-        store.wait(store.get("a/c.bin"))
+        store.wait(store.get("a/c.bin", 9))
     with pytest.raises(StoreError):
         store.wait(collect(store, "a/c.bin", 0, 10))
 
@@ -74,7 +74,7 @@ def test_a_server_that_accepts_and_says_nothing_is_given_up() -> None:
         store = Store(f"http://127.0.0.1:{mute.getsockname()[1]}", connect_timeout=0.5)
         begin = time.monotonic()
         with pytest.raises(StoreError, match="no answer within"):
-            store.wait(store.get("x"))
+            store.wait(store.get("x", 9))
         assert time.monotonic() - begin < 5
 
 
