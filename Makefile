@@ -4,10 +4,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model demo test lint bench
+.PHONY: help setup model demo test lint bench bench-sparkv
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-7s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
 
 setup: .venv/.kvsched-installed ## Make .venv/ and install the project with everything tests need
 
@@ -37,3 +37,6 @@ lint: setup ## Check style, formatting and types
 bench: setup model ## Run the demo and keep its numbers in evals/results/demo.json
 	@mkdir -p evals/results
 	@$(BIN)/python -m kvsched_evals.demo --json evals/results/demo.json
+
+bench-sparkv: setup model ## Time to first token over shaped links, hours; ARGS="--links FOLDER" adds recorded ones
+	@$(BIN)/python -m kvsched_evals.sparkv_bench $(ARGS)

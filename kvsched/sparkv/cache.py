@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +18,7 @@ from .forward import PrefixCache
 from .loader import Loader, LoadResult
 from .manifest import find
 from .store import Store
+from .stream import Arrival
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -45,7 +46,8 @@ class SparKVReport:
         compute_seconds: time spent computing.
         stream_seconds: time until the last streamed byte.
         goodput: bytes a second of the link at the end.
-        plans: how often the division was planned.
+        plans: how often the division was planned anew and changed.
+        timeline: which layer of which chunk came into place when, computed or streamed.
         fallback: why something was computed that could have been streamed; `None` if nothing was.
     """
 
@@ -59,6 +61,7 @@ class SparKVReport:
     stream_seconds: float = 0.0
     goodput: float | None = None
     plans: int = 0
+    timeline: tuple[Arrival, ...] = field(default=(), repr=False)
     fallback: str | None = None
 
 
@@ -253,6 +256,7 @@ class SparKVCache(DynamicCache):
             stream_seconds=report.stream_seconds + result.stream_seconds,
             goodput=result.goodput,
             plans=report.plans + result.plans,
+            timeline=report.timeline + result.timeline,
             fallback=result.fallback or report.fallback,
         )
 

@@ -26,7 +26,7 @@ from .grid import Grid
 from .manifest import Manifest
 from .plan import PLANNERS, makespan
 from .store import Store
-from .stream import Progress, Streamer
+from .stream import Arrival, Progress, Streamer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -54,6 +54,7 @@ class LoadResult:
     bytes_streamed: int
     goodput: float | None
     plans: int
+    timeline: tuple[Arrival, ...]
     fallback: str | None
 
 
@@ -155,6 +156,7 @@ class Loader:
             bytes_streamed=self.streamer.bytes_streamed,
             goodput=self.link_rate.goodput(time.monotonic()),
             plans=self.plans,
+            timeline=tuple(self.progress.timeline),
             fallback=self._fallback(),
         )
 
@@ -223,8 +225,7 @@ class Loader:
             now = time.perf_counter()
             self.compute_rate.observe(now - last, table[layer + 1] - table[layer])
             last = now
-            with self.progress.changed:
-                self.progress.computed[chunk] = max(self.progress.computed[chunk], layer + 1)
+            self.progress.note(chunk, layer, "computed")
             return go_on(layer + 1)
 
         self.cache.compute(self.model, self.token_ids[:, span], span.start, note)

@@ -9,6 +9,7 @@ import logging
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -29,6 +30,15 @@ def _nothing() -> object:
     return None
 
 
+class Arrival(NamedTuple):
+    """A layer of a chunk came into place `seconds` after the load began, computed or streamed."""
+
+    seconds: float
+    chunk: int
+    layer: int
+    route: Literal["computed", "streamed"]
+
+
 class Progress:
     """What is in place, shared by both paths and guarded by `changed`.
 
@@ -43,6 +53,7 @@ class Progress:
             needs them last, so it can begin while they are still arriving.
         damaged: chunks that are not streamed any further.
         link_error: why nothing is streamed any more.
+        timeline: what came into place when.
     """
 
     def __init__(self, grid: Grid) -> None:
@@ -53,6 +64,18 @@ class Progress:
         self.last = grid.layers
         self.damaged: set[int] = set()
         self.link_error: StoreError | None = None
+        self.timeline: list[Arrival] = []
+        self._begin = time.monotonic()
+
+    def note(self, chunk: int, layer: int, route: Literal["computed", "streamed"]) -> None:
+        """A layer of a chunk is in place now."""
+        with self.changed:
+            if route == "streamed":
+                self.arrived[chunk, layer] = True
+            else:
+                self.computed[chunk] = max(self.computed[chunk], layer + 1)
+            self.timeline.append(Arrival(time.monotonic() - self._begin, chunk, layer, route))
+            self.changed.notify_all()
 
     def missing(self) -> np.ndarray:
         """bool `[chunks, layers]`: what is in place by neither route."""
@@ -259,9 +282,7 @@ class Streamer:
             del received[: entry.length]
             self.deliver(chunk, entry.layer, keys, values)
             upper -= 1
-            with self.progress.changed:
-                self.progress.arrived[chunk, upper] = True
-                self.progress.changed.notify_all()
+            self.progress.note(chunk, upper, "streamed")
             if not received:
                 break
         return upper

@@ -71,6 +71,9 @@ class Prefix:
 def test_everything_streamed(prefix: Prefix) -> None:
     result = prefix.load(planner="stream")
     assert set(result.depths) == {0} and result.fallback is None
+    assert [arrival.seconds for arrival in result.timeline] == sorted(arrival.seconds for arrival in result.timeline)
+    places = {(arrival.chunk, arrival.layer) for arrival in result.timeline if arrival.route == "streamed"}
+    assert places == {(chunk, layer) for chunk in range(CHUNKS) for layer in range(len(result.cache.layers))}
     assert result.bytes_streamed == sum(prefix.chunk_file(chunk).stat().st_size for chunk in range(CHUNKS))
 
 
