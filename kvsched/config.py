@@ -152,7 +152,7 @@ class SparKVConfig(CacheConfig):
     """
 
     store: str | os.PathLike[str] | None = None
-    codec: Literal["lossless"] = "lossless"
+    codec: Literal["lossless", "int8", "balanced", "small"] = "lossless"
     chunk_tokens: int = 256
     planner: Literal["optimal", "greedy", "local", "stream", "token_split", "layer_split"] = "optimal"
     device: str | os.PathLike[str] | None = None

@@ -18,11 +18,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
 import numpy as np
 import torch
-import zstandard
 from pydantic import Field, TypeAdapter, ValidationError
 
 from ..errors import ChunkError
-from .address import LAYOUT_VERSION
+from .address import LAYOUT_VERSION, fingerprint
+from .calibration import Calibration
+from .forward import kv_shapes
+from .quantize import Place, Quantized, compress, decompress
+from .rope import Rotation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -33,13 +36,17 @@ _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32,
 
 
 class Codec(Protocol):
-    """How one tensor of a layer becomes bytes and comes back."""
+    """How the keys or the values of one layer of a chunk become bytes and come back."""
 
-    def encode(self, tensor: torch.Tensor) -> bytes:
-        """Bytes of `tensor` `[heads, tokens, head_dim]`."""
+    def encode(self, tensor: torch.Tensor, place: Place) -> bytes:
+        """Bytes of `tensor` `[heads, tokens, head_dim]`.
+
+        Raises:
+            InputError: the codec cannot write such numbers.
+        """
         ...
 
-    def decode(self, payload: bytes, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    def decode(self, payload: bytes, shape: tuple[int, int, int], dtype: torch.dtype, place: Place) -> torch.Tensor:
         """The tensor of `shape` and `dtype` that `payload` holds.
 
         Raises:
@@ -54,13 +61,13 @@ class Lossless:
     Sign and exponent bytes of neighbouring numbers are alike, mantissa bytes are noise; apart, the former shrink.
     """
 
-    def encode(self, tensor: torch.Tensor) -> bytes:
+    def encode(self, tensor: torch.Tensor, place: Place) -> bytes:
         raw = tensor.detach().cpu().contiguous().view(torch.uint8).numpy()
         planes = raw.reshape(-1, tensor.element_size())
-        frames = [zstandard.compress(np.ascontiguousarray(planes[:, i]).data, 1) for i in range(planes.shape[1])]
+        frames = [compress(planes[:, i]) for i in range(planes.shape[1])]
         return np.array([len(frame) for frame in frames], "<u4").tobytes() + b"".join(frames)
 
-    def decode(self, payload: bytes, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    def decode(self, payload: bytes, shape: tuple[int, int, int], dtype: torch.dtype, place: Place) -> torch.Tensor:
         count, width = math.prod(shape), dtype.itemsize
         raw = np.empty((count, width), np.uint8)
         lengths = np.frombuffer(payload[: 4 * width], "<u4")
@@ -68,18 +75,13 @@ class Lossless:
             raise ChunkError("the payload's planes do not add up to its length")
         start = 4 * width
         for plane, length in enumerate(lengths.tolist()):
-            try:
-                data = zstandard.ZstdDecompressor().decompress(payload[start : start + length], max_output_size=count)
-            except zstandard.ZstdError as error:
-                raise ChunkError(f"a plane cannot be decompressed: {error}") from error
-            if len(data) != count:
-                raise ChunkError(f"a plane holds {len(data)} numbers instead of {count}")
+            data = decompress(payload[start : start + length], count)
             raw[:, plane] = np.frombuffer(data, np.uint8)
             start += length
         return torch.from_numpy(raw).view(-1).view(dtype).reshape(shape)
 
 
-CODECS: dict[str, Codec] = {"lossless": Lossless()}
+CodecName = Literal["lossless", "int8", "balanced", "small"]
 
 # Numbers from outside are bounded before anything is allocated for them.
 Count = Annotated[int, Field(strict=True, ge=1, le=1 << 24)]
@@ -107,7 +109,8 @@ class ChunkHeader:
     """What a chunk object says of itself; `layers` in the order of their payloads, last layer first."""
 
     version: Literal[1]  # LAYOUT_VERSION
-    codec: Literal["lossless"]
+    codec: CodecName
+    calibration: Digest | None  # by whose steps the numbers were rounded; `None` where every payload has its own
     dtype: Literal["float32", "float16", "bfloat16"]
     position: Size
     tokens: Count
@@ -140,17 +143,35 @@ class Coder:
     """Writes and reads the chunk objects of one model with one codec.
 
     Args:
-        codec: a name in `CODECS`.
+        codec: a step of the ladder.
         dtype: of the model's keys and values.
+        rotation: of the model's keys.
+        calibration: of the model, for codecs that use one; without it every payload says how it was rounded.
     """
 
-    def __init__(self, codec: Literal["lossless"], dtype: torch.dtype) -> None:
+    def __init__(
+        self, codec: CodecName, dtype: torch.dtype, rotation: Rotation, calibration: Calibration | None = None
+    ) -> None:
         self.codec, self.dtype = codec, dtype
+        self.calibration = calibration if codec in ("balanced", "small") else None
+        self._rotation = rotation
 
     @classmethod
-    def of(cls, model: PreTrainedModel, codec: Literal["lossless"]) -> Coder:
-        """The coder for the chunks of `model`."""
-        return cls(codec, model.dtype)
+    def of(cls, model: PreTrainedModel, codec: CodecName, calibration: Calibration | None = None) -> Coder:
+        """The coder for the chunks of `model`; without a calibration it takes the one that this machine has kept.
+
+        Raises:
+            ChunkError: the calibration is another model's.
+        """
+        shapes = kv_shapes(model.config)
+        if codec in ("balanced", "small"):
+            calibration = calibration or Calibration.find(fingerprint(model))
+            if calibration is not None:
+                calibration.check(fingerprint(model), shapes)
+        return cls(codec, model.dtype, Rotation.of(model, len(shapes)), calibration)
+
+    def _codec(self, calibration: Calibration | None) -> Codec:
+        return Lossless() if self.codec == "lossless" else Quantized(self.codec, self._rotation, calibration)
 
     def encode(self, position: int, layers: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[ChunkHeader, bytes]:
         """A chunk's header and its whole object.
@@ -158,16 +179,23 @@ class Coder:
         Args:
             position: the chunk's first token in the sequence.
             layers: keys and values `[heads, tokens, head_dim]` of each layer, first layer first.
+
+        Raises:
+            InputError: a quantising codec was given numbers that are not finite.
         """
-        entries, payloads = [], []
+        entries, payloads, codec = [], [], self._codec(self.calibration)
         for index, (keys, values) in reversed(list(enumerate(layers))):
-            key_bytes, value_bytes = CODECS[self.codec].encode(keys), CODECS[self.codec].encode(values)
+            key_bytes = codec.encode(keys, Place(index, "keys", position))
+            value_bytes = codec.encode(values, Place(index, "values", position))
             payload = key_bytes + value_bytes
             digest = hashlib.sha256(payload).hexdigest()
             entries.append(LayerEntry(index, _shape(keys), _shape(values), len(key_bytes), len(payload), digest))
             payloads.append(payload)
         name: Any = str(self.dtype).removeprefix("torch.")
-        header = ChunkHeader(LAYOUT_VERSION, self.codec, name, position, layers[0][0].shape[1], tuple(entries))
+        calibration_id = self.calibration.id if self.calibration else None
+        header = ChunkHeader(
+            LAYOUT_VERSION, self.codec, calibration_id, name, position, layers[0][0].shape[1], tuple(entries)
+        )
         return header, b"".join([header.to_bytes(), *payloads])
 
     def decode(self, header: ChunkHeader, entry: LayerEntry, payload: bytes) -> tuple[torch.Tensor, torch.Tensor]:
@@ -180,8 +208,12 @@ class Coder:
             raise ChunkError(f"the chunk at token {header.position} was written by another codec or in another dtype")
         if len(payload) != entry.length or hashlib.sha256(payload).hexdigest() != entry.sha256:
             raise ChunkError(f"layer {entry.layer} of the chunk at token {header.position} is truncated or altered")
-        keys = CODECS[self.codec].decode(payload[: entry.key_bytes], entry.keys, self.dtype)
-        return keys, CODECS[self.codec].decode(payload[entry.key_bytes :], entry.values, self.dtype)
+        if header.calibration is not None and (self.calibration is None or self.calibration.id != header.calibration):
+            raise ChunkError(f"the chunk at token {header.position} was written with a calibration that is not here")
+        codec = self._codec(self.calibration if header.calibration else None)
+        parts = payload[: entry.key_bytes], payload[entry.key_bytes :]
+        keys = codec.decode(parts[0], entry.keys, self.dtype, Place(entry.layer, "keys", header.position))
+        return keys, codec.decode(parts[1], entry.values, self.dtype, Place(entry.layer, "values", header.position))
 
 
 def _shape(tensor: torch.Tensor) -> tuple[int, int, int]:
