@@ -110,7 +110,7 @@ class ChunkHeader:
 
     version: Literal[1]  # LAYOUT_VERSION
     codec: CodecName
-    calibration: Digest | None  # by whose steps the numbers were rounded; `None` where every payload has its own
+    calibration: Digest | None  # whose steps the numbers were rounded to; reading them does not take it
     dtype: Literal["float32", "float16", "bfloat16"]
     position: Size
     tokens: Count
@@ -146,7 +146,7 @@ class Coder:
         codec: a step of the ladder.
         dtype: of the model's keys and values.
         rotation: of the model's keys.
-        calibration: of the model, for codecs that use one; without it every payload says how it was rounded.
+        calibration: of the model, for the codecs that use one to write; reading does not take it.
     """
 
     def __init__(
@@ -154,7 +154,7 @@ class Coder:
     ) -> None:
         self.codec, self.dtype = codec, dtype
         self.calibration = calibration if codec in ("balanced", "small") else None
-        self._rotation = rotation
+        self._codec: Codec = Lossless() if codec == "lossless" else Quantized(codec, rotation, self.calibration)
 
     @classmethod
     def of(cls, model: PreTrainedModel, codec: CodecName, calibration: Calibration | None = None) -> Coder:
@@ -170,9 +170,6 @@ class Coder:
                 calibration.check(fingerprint(model), shapes)
         return cls(codec, model.dtype, Rotation.of(model, len(shapes)), calibration)
 
-    def _codec(self, calibration: Calibration | None) -> Codec:
-        return Lossless() if self.codec == "lossless" else Quantized(self.codec, self._rotation, calibration)
-
     def encode(self, position: int, layers: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[ChunkHeader, bytes]:
         """A chunk's header and its whole object.
 
@@ -183,10 +180,10 @@ class Coder:
         Raises:
             InputError: a quantising codec was given numbers that are not finite.
         """
-        entries, payloads, codec = [], [], self._codec(self.calibration)
+        entries, payloads = [], []
         for index, (keys, values) in reversed(list(enumerate(layers))):
-            key_bytes = codec.encode(keys, Place(index, "keys", position))
-            value_bytes = codec.encode(values, Place(index, "values", position))
+            key_bytes = self._codec.encode(keys, Place(index, "keys", position))
+            value_bytes = self._codec.encode(values, Place(index, "values", position))
             payload = key_bytes + value_bytes
             digest = hashlib.sha256(payload).hexdigest()
             entries.append(LayerEntry(index, _shape(keys), _shape(values), len(key_bytes), len(payload), digest))
@@ -208,12 +205,11 @@ class Coder:
             raise ChunkError(f"the chunk at token {header.position} was written by another codec or in another dtype")
         if len(payload) != entry.length or hashlib.sha256(payload).hexdigest() != entry.sha256:
             raise ChunkError(f"layer {entry.layer} of the chunk at token {header.position} is truncated or altered")
-        if header.calibration is not None and (self.calibration is None or self.calibration.id != header.calibration):
-            raise ChunkError(f"the chunk at token {header.position} was written with a calibration that is not here")
-        codec = self._codec(self.calibration if header.calibration else None)
         parts = payload[: entry.key_bytes], payload[entry.key_bytes :]
-        keys = codec.decode(parts[0], entry.keys, self.dtype, Place(entry.layer, "keys", header.position))
-        return keys, codec.decode(parts[1], entry.values, self.dtype, Place(entry.layer, "values", header.position))
+        keys = self._codec.decode(parts[0], entry.keys, self.dtype, Place(entry.layer, "keys", header.position))
+        return keys, self._codec.decode(
+            parts[1], entry.values, self.dtype, Place(entry.layer, "values", header.position)
+        )
 
 
 def _shape(tensor: torch.Tensor) -> tuple[int, int, int]:

@@ -2,14 +2,14 @@
 
 A number is a multiple of its row's step; symbols are those multiples relative to the row's centre, which is one too.
 What lies more than 127 steps away is rare and is kept exactly, apart ("escapes"). A row is a channel of a head, or, in
-the values of `int8`, a token of a head.
+the values of `int8`, a token of a head. Steps are written with the symbols, which costs a hundredth of them, so that a
+reader needs nothing but the payload: not the calibration, nor the same way to choose steps.
 
-    symbols' length, u32 | symbols | zstd of: centres, i32 | steps, f32 (if the rows chose them) | escapes
+    symbols' length, u32 | symbols | zstd of: centres, i32 | steps, bf16 | escapes: index, u32, and number, f32
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -71,64 +71,52 @@ def finest(rows: torch.Tensor) -> torch.Tensor:
     return (rows - rows.mean(1, keepdim=True)).abs().amax(1, keepdim=True) / REACH
 
 
-def quantize(
-    rows: torch.Tensor, steps: torch.Tensor | Callable[[torch.Tensor], torch.Tensor], coder: EntropyCoder
-) -> bytes:
-    """Bytes of `rows` `[rows, n]`, float32 and finite.
+def quantize(rows: torch.Tensor, steps: torch.Tensor, coder: EntropyCoder) -> bytes:
+    """Bytes of `rows` `[rows, n]`, float32 and finite, in steps of about `steps` `[rows, 1]`.
 
-    Args:
-        steps: `[rows, 1]` float32, known to the decoder; or a function that chooses them, which are then written.
+    Raises:
+        InputError: a number is infinite or none.
     """
-    own = np.empty(0, "<f4")
-    if callable(steps):
-        # Below a millionth of its numbers a row's step is lost in float32; eight bits of precision are enough.
-        floor = rows.abs().amax(1, keepdim=True) * 1e-6
-        steps = (steps(rows).maximum(floor).clamp_min(1e-30) * (1 + 2**-8)).bfloat16().float()
-        own = steps.numpy().ravel()
-    multiples = rows / steps
-    if not bool(multiples.isfinite().all()):
+    # Below a millionth of its numbers a row's step is lost in float32; eight bits of precision are enough.
+    floor = rows.abs().amax(1, keepdim=True) * 1e-6
+    written = (steps.maximum(floor).clamp_min(1e-30) * (1 + 2**-8)).bfloat16()
+    multiples = rows / written.float()
+    if not bool(multiples.isfinite().all() & written.isfinite().all()):
         raise InputError('Keys or values that are infinite or no number can only be published with codec="lossless".')
-    centres = multiples.mean(1, keepdim=True).round().clamp(-(2**30), 2**30)
+    centres = multiples.mean(1, keepdim=True).round()
     symbols = (multiples.round() - centres).numpy()
     far = np.abs(symbols) > REACH
     escapes = np.empty(int(far.sum()), _ESCAPE)
     escapes["index"], escapes["value"] = np.flatnonzero(far), rows.numpy()[far]
-    symbols = (np.where(far, 0, symbols) + 128).astype(np.uint8)
-    body = coder.encode(symbols)
-    side = b"".join([centres.numpy().astype("<i4").tobytes(), own.tobytes(), escapes.tobytes()])
-    return len(body).to_bytes(4, "little") + body + compress(np.frombuffer(side, np.uint8))
+    body = coder.encode((np.where(far, 0, symbols) + 128).astype(np.uint8))
+    side = [centres.numpy().astype("<i4"), written.view(torch.int16).numpy().astype("<i2"), escapes]
+    packed = compress(np.frombuffer(b"".join(part.tobytes() for part in side), np.uint8))
+    return len(body).to_bytes(4, "little") + body + packed
 
 
-def dequantize(data: bytes, shape: tuple[int, int], steps: torch.Tensor | None, coder: EntropyCoder) -> torch.Tensor:
+def dequantize(data: bytes, shape: tuple[int, int], coder: EntropyCoder) -> torch.Tensor:
     """The rows that `quantize` wrote, `shape` float32.
-
-    Args:
-        steps: `[rows, 1]`, or `None` where the rows chose them.
 
     Raises:
         ChunkError: `data` is no such bytes.
     """
-    rows, _ = shape
-    size = int.from_bytes(data[:4], "little")
-    fixed = 4 * rows * (2 if steps is None else 1)
+    size, fixed = int.from_bytes(data[:4], "little"), 6 * shape[0]
     most = fixed + shape[0] * shape[1] * _ESCAPE.itemsize
     side = np.frombuffer(decompress(data[4 + size :], most, fixed), np.uint8)
-    symbols = coder.decode(data[4 : 4 + size], shape)
     if (len(side) - fixed) % _ESCAPE.itemsize:
         raise ChunkError("the side data of a payload ends early")
-    centres = torch.from_numpy(side[: 4 * rows].view("<i4").astype(np.float32))[:, None]
-    if steps is None:
-        steps = torch.from_numpy(side[4 * rows : fixed].view("<f4").copy())[:, None]
-        if not bool((steps.isfinite() & (steps > 0)).all()):
-            raise ChunkError("a payload holds a step that is no positive number")
-    numbers = torch.from_numpy(symbols.astype(np.float32)).add_(centres - 128).mul_(steps)
+    symbols = coder.decode(data[4 : 4 + size], shape)
+    centres = torch.from_numpy(side[: 4 * shape[0]].view("<i4").astype(np.float32))[:, None]
+    steps = torch.from_numpy(side[4 * shape[0] : fixed].view("<i2").astype(np.int16)).view(torch.bfloat16).float()
+    if not bool((steps.isfinite() & (steps > 0)).all()):
+        raise ChunkError("a payload holds a step that is no positive number")
+    numbers = torch.from_numpy(symbols.astype(np.float32)).add_(centres - 128).mul_(steps[:, None])
     if len(side) > fixed:
         escapes = side[fixed:].view(_ESCAPE)
         if int(escapes["index"].max()) >= symbols.size or not bool(np.isfinite(escapes["value"]).all()):
             raise ChunkError("a payload holds an escape that lies outside its tensor")
-        numbers.view(-1)[torch.from_numpy(escapes["index"].astype(np.int64))] = torch.from_numpy(
-            escapes["value"].copy()
-        )
+        places = torch.from_numpy(escapes["index"].astype(np.int64))
+        numbers.view(-1)[places] = torch.from_numpy(escapes["value"].astype(np.float32))
     return numbers
 
 
@@ -164,10 +152,11 @@ class Quantized:
         rest = tensor[:, sinks:].detach().cpu().float()
         if place.part == "keys":
             rest = self.rotation.remove(rest, place.layer, place.position + sinks)
-        steps = self._steps(place)
         if rest.numel() == 0:
             return half.view(torch.uint8).numpy().tobytes()
-        body = quantize(self._rows(rest, place), self._choose if steps is None else steps, self._coder(place))
+        rows = rest if self._by_token(place) else rest.transpose(1, 2)
+        rows = rows.reshape(-1, rows.shape[2])
+        body = quantize(rows, self._steps(rows, place), _coder(self.codec))
         return half.view(torch.uint8).numpy().tobytes() + body
 
     def decode(self, payload: bytes, shape: tuple[int, int, int], dtype: torch.dtype, place: Place) -> torch.Tensor:
@@ -183,10 +172,7 @@ class Quantized:
         if tokens == sinks:
             return first
         rows = (heads * (tokens - sinks), width) if self._by_token(place) else (heads * width, tokens - sinks)
-        steps = self._steps(place)
-        if steps is not None and len(steps) != rows[0]:
-            raise ChunkError(f"layer {place.layer} has another shape than its calibration")
-        numbers = dequantize(payload[size:], rows, steps, self._coder(place))
+        numbers = dequantize(payload[size:], rows, _coder(self.codec))
         if self._by_token(place):
             rest = numbers.reshape(heads, tokens - sinks, width)
         else:
@@ -199,22 +185,17 @@ class Quantized:
         """Whether rows are tokens: values of neighbouring channels are alike in size, keys are not."""
         return self.codec == "int8" and place.part == "values"
 
-    def _rows(self, tensor: torch.Tensor, place: Place) -> torch.Tensor:
-        rows = tensor if self._by_token(place) else tensor.transpose(1, 2)
-        return rows.reshape(-1, rows.shape[2])
-
-    def _steps(self, place: Place) -> torch.Tensor | None:
-        if self.codec == "int8" or self.calibration is None:
-            return None
-        return self.calibration.steps(place.layer, place.part) * FIDELITY[self.codec][0]
-
-    def _choose(self, rows: torch.Tensor) -> torch.Tensor:
+    def _steps(self, rows: torch.Tensor, place: Place) -> torch.Tensor:
         if self.codec == "int8":
             return finest(rows)
-        return rows.std(1, keepdim=True, correction=0) * FIDELITY[self.codec][1]
+        calibrated, plain = FIDELITY[self.codec]
+        if self.calibration is None:
+            return rows.std(1, keepdim=True, correction=0) * plain
+        return self.calibration.steps(place.layer, place.part) * calibrated
 
-    def _coder(self, place: Place) -> EntropyCoder:
-        return Zstd()
+
+def _coder(codec: str) -> EntropyCoder:
+    return Zstd()
 
 
 def _sinks(position: int, tokens: int) -> int:
