@@ -109,3 +109,26 @@ def gc(
         f"{'would delete' if dry_run else 'deleted'} {report.manifests} manifests and {report.chunks} chunks, "
         f"{report.bytes_freed / 1e6:.1f} MB; {report.bytes_kept / 1e6:.1f} MB stay"
     )
+
+
+@app.command()
+def profile(
+    name: _Name = None,
+    chunk_tokens: Annotated[int, typer.Option(help="Tokens in a chunk, as in SparKVConfig.", min=16, max=65536)] = 256,
+) -> None:
+    """Measure how fast this device computes a model's KV cache, and keep that for SparKV's plans."""
+    from .hub import load_model
+    from .sparkv.cost import DeviceProfile
+    from .sparkv.grid import Grid
+
+    model, _ = load_model(name)
+    measured = DeviceProfile.renew(model, chunk_tokens)
+    layers = len(measured.base) - 1
+    depths = sorted({round(layers * part / 4) for part in (1, 2, 3, 4)})
+    typer.echo(f"seconds to compute a chunk of {chunk_tokens} tokens")
+    typer.echo("tokens before it" + "".join(f"{f'{depth} layers':>12}" for depth in depths) + f"{'tokens/s':>12}")
+    table = measured.compute_seconds(Grid(33, chunk_tokens, layers))
+    for chunk in (0, 8, 16, 32):
+        seconds = table[chunk]
+        row = "".join(f"{seconds[depth]:12.3f}" for depth in depths)
+        typer.echo(f"{chunk * chunk_tokens:16}{row}{chunk_tokens / seconds[-1]:12.0f}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 from pathlib import Path
 
+import platformdirs
 import pytest
 from typer.testing import CliRunner
 
@@ -15,7 +16,7 @@ from kvsched.sparkv import serve
 COMMAND = CliRunner()
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["model", "--help"], ["serve", "--help"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["model", "--help"], ["serve", "--help"], ["profile", "--help"]])
 def test_help_is_there(arguments: list[str]) -> None:
     result = COMMAND.invoke(cli.app, arguments)
     assert result.exit_code == 0
@@ -64,3 +65,15 @@ def test_serving_a_missing_folder_is_an_error(tmp_path: Path) -> None:
     result = COMMAND.invoke(cli.app, ["serve", str(tmp_path / "none")])
     assert result.exit_code == 1
     assert "there is no folder" in result.stderr
+
+
+def test_profile_measures_keeps_and_shows(tiny_model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(platformdirs, "user_cache_dir", lambda name: str(tmp_path))
+    monkeypatch.setattr(hub, "load_model", lambda name: (tiny_model("qwen2"), None))
+    result = COMMAND.invoke(cli.app, ["profile", "--chunk-tokens", "32"])
+    assert result.exit_code == 0, result.output
+    lines = result.stdout.splitlines()
+    assert lines[0] == "seconds to compute a chunk of 32 tokens"
+    assert lines[1].split()[-2:] == ["layers", "tokens/s"]
+    assert [line.split()[0] for line in lines[2:]] == ["0", "256", "512", "1024"]
+    assert len(list(tmp_path.rglob("*.json"))) == 1

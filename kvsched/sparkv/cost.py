@@ -1,7 +1,7 @@
 """What a piece costs: seconds to compute it on this device, seconds to stream it over this link.
 
-Both are measured. A device's profile comes from two timed forwards and is kept under the user's cache folder; a link's
-goodput comes from the bytes that arrive. Both are corrected while a prefix loads.
+Both are measured. A device's profile comes from a few timed forwards and is kept under the user's cache folder; a
+link's goodput comes from the bytes that arrive. Both are corrected while a prefix loads.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import numpy as np
 import platformdirs
 import torch
 from pydantic import TypeAdapter, ValidationError
+from tqdm.auto import trange
 
 from .address import fingerprint
 from .forward import PrefixCache
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _FAR_CHUNKS = 8
+_ROUNDS = 3
 _WINDOW_SECONDS = 3.0
 _WINDOW_LAYERS = 48
 
@@ -53,57 +55,69 @@ class DeviceProfile:
 
     @classmethod
     def measure(cls, model: PreTrainedModel, chunk_tokens: int) -> DeviceProfile:
-        """Time a chunk's forward at the start of a sequence and far into it (a few seconds on a CPU).
+        """Time a chunk's forward at the start of a sequence and far into it, in turn: about 10 seconds on a CPU.
 
         The time of each depth is read off when its layer hands over keys and values, so one forward gives all depths,
-        with the last layer counted as what it is: a K/V projection.
+        with the last layer counted as what it is: a K/V projection. Medians stand up to a machine that is also busy
+        with something else for a moment.
         """
-        far = min(_FAR_CHUNKS * chunk_tokens, model.config.get_text_config(decoder=True).max_position_embeddings // 2)
-        cls._time(model, chunk_tokens, 0)  # the first forward of a process also pays for memory and thread pools
-        near_seconds, far_seconds = cls._time(model, chunk_tokens, 0), cls._time(model, chunk_tokens, far)
+        config = model.config.get_text_config(decoder=True)
+        far = min(_FAR_CHUNKS * chunk_tokens, config.max_position_embeddings // 2)
+        cache = PrefixCache(model.config, far + chunk_tokens)
+        ids = torch.arange(chunk_tokens)[None] % config.vocab_size
+        time_layers(cache, model, ids, 0)  # the first forward of a process also pays for memory and thread pools
+        for layer in cache.layers:
+            # What the context holds does not matter to time: the first chunk's keys, over and over.
+            for start in range(chunk_tokens, far, chunk_tokens):
+                first = slice(0, min(chunk_tokens, far - start))
+                layer.write(start, layer.keys[:, :, first].clone(), layer.values[:, :, first].clone())
+        rounds = [
+            (time_layers(cache, model, ids, 0), time_layers(cache, model, ids, far))
+            for _ in trange(_ROUNDS, desc="measuring this device", leave=False, disable=None)
+        ]
+        near_seconds, far_seconds = np.median(rounds, axis=0)
         slope = np.maximum(far_seconds - near_seconds, 0) / far
         return cls(chunk_tokens, tuple(near_seconds.tolist()), tuple(slope.tolist()))
-
-    @staticmethod
-    def _time(model: PreTrainedModel, chunk_tokens: int, context: int) -> np.ndarray:
-        cache = PrefixCache(model.config, context + chunk_tokens)
-        ids = torch.arange(chunk_tokens)[None] % model.config.get_text_config(decoder=True).vocab_size
-        if context:
-            # What the context holds does not matter to time: the first chunk's keys, over and over.
-            cache.compute(model, ids, 0)
-            for layer in cache.layers:
-                for start in range(0, context, chunk_tokens):
-                    stop = min(start + chunk_tokens, context)
-                    first = slice(0, stop - start)
-                    layer.write(start, layer.keys[:, :, first].clone(), layer.values[:, :, first].clone())
-        seconds = [0.0]
-
-        def note(layer: int) -> bool:
-            seconds.append(time.perf_counter() - begin)
-            return True
-
-        begin = time.perf_counter()
-        cache.compute(model, ids, context, note)
-        return np.array(seconds)
 
     @classmethod
     def of(cls, model: PreTrainedModel, chunk_tokens: int) -> DeviceProfile:
         """The kept profile of this model, device and chunk size; measured and kept if there is none."""
-        device = f"{model.device} {torch.get_num_threads()} {_device_name(model.device)}"
-        name = hashlib.sha256(f"{fingerprint(model)} {device} {chunk_tokens}".encode()).hexdigest()[:32]
-        path = Path(platformdirs.user_cache_dir("kvsched")) / "profiles" / f"{name}.json"
         try:
-            profile = TypeAdapter(cls).validate_json(path.read_bytes())
+            profile = TypeAdapter(cls).validate_json(_profile_path(model, chunk_tokens).read_bytes())
             if len(profile.base) == len(profile.per_token) == len(PrefixCache(model.config, 0).layers) + 1:
                 return profile
         except (OSError, ValidationError):
             pass  # none was kept, or not by this version: a new one takes its place
-        profile = cls.measure(model, chunk_tokens)
+        return cls.renew(model, chunk_tokens)
+
+    @classmethod
+    def renew(cls, model: PreTrainedModel, chunk_tokens: int) -> DeviceProfile:
+        """Measure a profile and keep it for this model, device and chunk size."""
+        profile, path = cls.measure(model, chunk_tokens), _profile_path(model, chunk_tokens)
         path.parent.mkdir(parents=True, exist_ok=True)
         draft = path.with_suffix(".tmp")
         draft.write_text(json.dumps(asdict(profile)))
         draft.replace(path)
         return profile
+
+
+def time_layers(cache: PrefixCache, model: PreTrainedModel, token_ids: torch.Tensor, start: int) -> np.ndarray:
+    """`[layers + 1]`: seconds until `model` has computed `token_ids` `[1, n]` at position `start` to each depth."""
+    seconds = [0.0]
+
+    def note(layer: int) -> bool:
+        seconds.append(time.perf_counter() - begin)
+        return True
+
+    begin = time.perf_counter()
+    cache.compute(model, token_ids, start, note)
+    return np.array(seconds)
+
+
+def _profile_path(model: PreTrainedModel, chunk_tokens: int) -> Path:
+    device = f"{model.device} {torch.get_num_threads()} {_device_name(model.device)}"
+    name = hashlib.sha256(f"{fingerprint(model)} {device} {chunk_tokens}".encode()).hexdigest()[:32]
+    return Path(platformdirs.user_cache_dir("kvsched")) / "profiles" / f"{name}.json"
 
 
 def _device_name(device: torch.device) -> str:

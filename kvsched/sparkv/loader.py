@@ -21,10 +21,11 @@ from ..config import SparKVConfig
 from ..errors import ChunkError
 from .codec import ChunkHeader, Coder
 from .cost import ComputeRate, DeviceProfile, LinkRate
+from .energy import objective_of
 from .forward import PrefixCache, kv_shapes
 from .grid import Grid
 from .manifest import Manifest
-from .plan import PLANNERS, makespan
+from .plan import PLANNERS, makespan, totals
 from .store import Store
 from .stream import Arrival, Progress, Streamer
 
@@ -89,7 +90,7 @@ class Loader:
         self.model, self.token_ids, self.manifest, self.config = model, token_ids, manifest, config
         self.shapes = kv_shapes(model.config)
         self.grid = Grid(len(manifest.chunks), manifest.chunk_tokens, len(self.shapes))
-        self.planner = PLANNERS[config.planner]
+        self.planner, self.objective = PLANNERS[config.planner], objective_of(config)
         # Allocated here, as both paths write to it at once.
         self.cache = PrefixCache(model.config, self.grid.tokens).allocate(model)
         self.compute_table = DeviceProfile.of(model, self.grid.chunk_tokens).compute_seconds(self.grid)
@@ -191,13 +192,13 @@ class Loader:
         rate = goodput or self.layer_bytes.sum() / self.compute_table[:, -1].sum()
         stream = to_stream / rate
 
-        depths = self.planner(compute, stream)
-        promised = makespan(compute, stream, depths)
-        if self.plans and promised > (1 - _MIN_GAIN) * makespan(compute, stream, progress.target[rest]):
+        depths = self.planner(compute, stream, self.objective)
+        cost, kept = (self.objective(*totals(compute, stream, plan)) for plan in (depths, progress.target[rest]))
+        if self.plans and cost > (1 - _MIN_GAIN) * kept:
             return
         self.plans += 1
         if self.predicted_seconds is None and goodput is not None:
-            self.predicted_seconds = self._planned_at - self._begin + promised
+            self.predicted_seconds = self._planned_at - self._begin + makespan(compute, stream, depths)
         with progress.changed:
             progress.target[rest] = depths
             # Layers to arrive while the model is already at the rest of the prompt: as many as there is time for then.

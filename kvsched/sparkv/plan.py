@@ -37,7 +37,9 @@ class Objective:
 
     def __call__(self, compute: np.ndarray, stream: np.ndarray) -> np.ndarray:
         """Cost of plans that compute and stream for so many seconds; arrays of one shape."""
-        return self.compute * compute + self.stream * stream + self.makespan * np.maximum(compute, stream)
+        parts = ((self.compute, compute), (self.stream, stream), (self.makespan, np.maximum(compute, stream)))
+        # A weight of 0 is left out rather than multiplied: a forbidden depth's infinity would become no number.
+        return sum((weight * seconds for weight, seconds in parts if weight), np.zeros_like(compute))
 
 
 TIME = Objective()

@@ -5,8 +5,10 @@ from pathlib import Path
 import numpy as np
 import platformdirs
 import pytest
+import torch
 
-from kvsched.sparkv.cost import ComputeRate, DeviceProfile, LinkRate
+from kvsched.sparkv.cost import ComputeRate, DeviceProfile, LinkRate, time_layers
+from kvsched.sparkv.forward import PrefixCache
 from kvsched.sparkv.grid import Grid
 
 PROFILE = DeviceProfile(16, (0.0, 1.0, 3.0), (0.0, 0.01, 0.02))
@@ -25,6 +27,29 @@ def test_a_measured_profile_is_plausible(tiny_model) -> None:
     assert profile.base[0] == profile.per_token[0] == 0
     assert all(a < b for a, b in zip(profile.base, profile.base[1:], strict=False))
     assert min(profile.per_token) >= 0
+
+
+def test_a_far_context_that_is_no_multiple_of_a_chunk(tiny_model) -> None:
+    profile = DeviceProfile.measure(tiny_model("qwen2", max_position_embeddings=100), 32)
+    assert min(profile.per_token) >= 0
+
+
+def test_each_depth_is_timed_and_computed(tiny_model) -> None:
+    model = tiny_model("llama")
+    cache = PrefixCache(model.config, 64)
+    seconds = time_layers(cache, model, torch.arange(64)[None], 0)
+    assert seconds.shape == (3,) and seconds[0] == 0 and (np.diff(seconds) > 0).all()
+    assert all(layer.length == 64 for layer in cache.layers)
+
+
+def test_a_profile_is_renewed_on_demand(tiny_model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(platformdirs, "user_cache_dir", lambda name: str(tmp_path))
+    model = tiny_model("llama")
+    profiles = iter([DeviceProfile(64, (0.0, n, n), (0.0, 0.0, 0.0)) for n in (1.0, 2.0)])
+    monkeypatch.setattr(DeviceProfile, "measure", classmethod(lambda cls, model, tokens: next(profiles)))
+    first = DeviceProfile.of(model, 64)
+    assert DeviceProfile.renew(model, 64) != first
+    assert DeviceProfile.of(model, 64).base == (0.0, 2.0, 2.0)
 
 
 @pytest.mark.parametrize("damage", [None, b"", b"{}", b'{"chunk_tokens":64,"base":[0],"per_token":[0]}'])

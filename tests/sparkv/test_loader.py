@@ -15,6 +15,7 @@ from transformers import DynamicCache
 from kvsched.config import SparKVConfig
 from kvsched.sparkv import address, loader
 from kvsched.sparkv.address import chain, fingerprint
+from kvsched.sparkv.energy import PowerProfile
 from kvsched.sparkv.loader import Loader, LoadResult
 from kvsched.sparkv.manifest import chunk_path, find
 from kvsched.sparkv.publish import publish
@@ -82,7 +83,7 @@ def test_any_sequence_of_plans_gives_the_same_keys(prefix: Prefix, monkeypatch: 
     """Plans are redrawn at every layer boundary, so depths change under both running paths."""
     rng = np.random.default_rng(seed)
 
-    def anything(compute: np.ndarray, stream: np.ndarray) -> np.ndarray:
+    def anything(compute: np.ndarray, stream: np.ndarray, *_: object) -> np.ndarray:
         depths = np.sort(rng.integers(0, compute.shape[1], len(compute)))[::-1]
         allowed = np.isfinite(compute)
         highest = allowed.shape[1] - 1 - allowed[:, ::-1].argmax(axis=1)
@@ -182,3 +183,8 @@ def test_an_exception_while_computing_leaves_no_thread(prefix: Prefix, monkeypat
         with pytest.raises(KeyboardInterrupt):
             prefix.load(url)
         assert not [thread for thread in threading.enumerate() if thread.name == "kvsched-stream"]
+
+
+def test_plans_minimise_what_the_configuration_asks_for(prefix: Prefix) -> None:
+    expected = PowerProfile.load("oneplus-9r").objective("lte", 0.7)
+    assert prefix.loader(device="oneplus-9r", radio="lte", energy_weight=0.7).objective == expected

@@ -202,6 +202,12 @@ def test_makespan_is_the_longer_path() -> None:
     assert plan.makespan(compute, stream, np.array([1, 1])) == 8.0
 
 
+def test_a_forbidden_plan_takes_for_ever() -> None:
+    compute, stream = np.array([[0.0, np.inf]]), np.array([[1.0, 0.0]])
+    assert plan.makespan(compute, stream, np.array([1])) == np.inf
+    assert ENERGY(*plan.totals(compute, stream, np.array([1]))) == np.inf
+
+
 def test_extreme_objectives_are_the_single_paths() -> None:
     compute, stream = tables(1, 6, 5)
     assert plan.optimal(compute, stream, Objective(1, 0, 0)).tolist() == [0] * 6
