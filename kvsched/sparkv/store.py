@@ -20,6 +20,7 @@ from ..errors import ConfigError, StoreError
 
 # A stalled read is found out by whoever reads, so the client's own limit on a whole response is put out of the way.
 _NO_LIMIT = "1 day"
+_IDLE = "10 seconds"  # a connection that nothing was asked on is closed then
 _READ_BYTES = 64 * 1024
 _IN_FLIGHT = 64
 _Result = TypeVar("_Result")
@@ -68,13 +69,14 @@ class Store:
                 "that this server serves."
             )
         is_local = "://" not in self.uri or self.uri.startswith("file://")
+        client_options = _client_options(connect_timeout, token, certificate)
         try:
             if is_local:
                 self._store: Any = LocalStore(Path(self.uri.removeprefix("file://")).absolute(), mkdir=writable)
             else:
                 self._store = from_url(
                     self.uri,
-                    client_options=_client_options(connect_timeout, token, certificate),
+                    client_options=client_options,
                     retry_config={"max_retries": 2, "retry_timeout": timedelta(seconds=connect_timeout)},
                 )
         except (BaseError, ValueError, OSError) as error:
