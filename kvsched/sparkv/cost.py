@@ -58,8 +58,8 @@ class DeviceProfile:
         """Time a chunk's forward at the start of a sequence and far into it, in turn: about 10 seconds on a CPU.
 
         The time of each depth is read off when its layer hands over keys and values, so one forward gives all depths,
-        with the last layer counted as what it is: a K/V projection. Medians stand up to a machine that is also busy
-        with something else for a moment.
+        with the last layer counted as what it is: a K/V projection. The fastest of a few rounds counts: that is the
+        device; what else keeps it busy at a moment is left to `ComputeRate`.
         """
         config = model.config.get_text_config(decoder=True)
         far = min(_FAR_CHUNKS * chunk_tokens, config.max_position_embeddings // 2)
@@ -75,7 +75,7 @@ class DeviceProfile:
             (time_layers(cache, model, ids, 0), time_layers(cache, model, ids, far))
             for _ in trange(_ROUNDS, desc="measuring this device", leave=False, disable=None)
         ]
-        near_seconds, far_seconds = np.median(rounds, axis=0)
+        near_seconds, far_seconds = np.min(rounds, axis=0)
         slope = np.maximum(far_seconds - near_seconds, 0) / far
         return cls(chunk_tokens, tuple(near_seconds.tolist()), tuple(slope.tolist()))
 
