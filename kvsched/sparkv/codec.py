@@ -23,8 +23,9 @@ from pydantic import Field, TypeAdapter, ValidationError
 from ..errors import ChunkError
 from .address import LAYOUT_VERSION, fingerprint
 from .calibration import Calibration
+from .entropy import compress, decompress
 from .forward import kv_shapes
-from .quantize import Place, Quantized, compress, decompress
+from .quantize import Place, Quantized
 from .rope import Rotation
 
 if TYPE_CHECKING:

@@ -11,14 +11,14 @@ reader needs nothing but the payload: not the calibration, nor the same way to c
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 import numpy as np
 import torch
-import zstandard
 
 from ..errors import ChunkError, InputError
 from .calibration import SINKS, Calibration, Part
+from .entropy import Ans, EntropyCoder, Zstd, compress, decompress
 from .rope import Rotation
 
 FIDELITY = {"balanced": (0.5, 0.22), "small": (0.58, 0.28)}
@@ -26,44 +26,6 @@ FIDELITY = {"balanced": (0.5, 0.22), "small": (0.58, 0.28)}
 
 REACH = 127
 _ESCAPE = np.dtype([("index", "<u4"), ("value", "<f4")])
-
-
-class EntropyCoder(Protocol):
-    """Bytes for symbols `[rows, n]` u8 and back; the rows of a tensor come in the same order each time."""
-
-    def encode(self, symbols: np.ndarray) -> bytes: ...
-
-    def decode(self, data: bytes, shape: tuple[int, int]) -> np.ndarray: ...
-
-
-class Zstd:
-    """Huffman codes fitted to what is at hand; fast."""
-
-    def encode(self, symbols: np.ndarray) -> bytes:
-        return compress(symbols)
-
-    def decode(self, data: bytes, shape: tuple[int, int]) -> np.ndarray:
-        return np.frombuffer(decompress(data, shape[0] * shape[1]), np.uint8).reshape(shape)
-
-
-def compress(data: np.ndarray) -> bytes:
-    """A zstd frame that holds the bytes of `data` and says how many they are."""
-    return zstandard.compress(np.ascontiguousarray(data).data, 1)
-
-
-def decompress(frame: bytes, most: int, least: int | None = None) -> bytes:
-    """The `least` to `most` bytes in a zstd frame; exactly `most` if `least` is left out.
-
-    Raises:
-        ChunkError: the frame is damaged, or says that it holds more or fewer; nothing is allocated then.
-    """
-    try:
-        size = zstandard.frame_content_size(frame)
-        if not (most if least is None else least) <= size <= most:
-            raise ChunkError(f"a part of a payload should hold {most} bytes, not {size}")
-        return zstandard.ZstdDecompressor().decompress(frame)
-    except zstandard.ZstdError as error:
-        raise ChunkError(f"a part of a payload cannot be decompressed: {error}") from error
 
 
 def finest(rows: torch.Tensor) -> torch.Tensor:
@@ -143,6 +105,7 @@ class Quantized:
         self, codec: Literal["int8", "balanced", "small"], rotation: Rotation, calibration: Calibration | None
     ) -> None:
         self.codec, self.rotation, self.calibration = codec, rotation, calibration
+        self._coder: EntropyCoder = Ans() if codec == "small" else Zstd()
 
     def encode(self, tensor: torch.Tensor, place: Place) -> bytes:
         sinks = _sinks(place.position, tensor.shape[1])
@@ -156,7 +119,7 @@ class Quantized:
             return half.view(torch.uint8).numpy().tobytes()
         rows = rest if self._by_token(place) else rest.transpose(1, 2)
         rows = rows.reshape(-1, rows.shape[2])
-        body = quantize(rows, self._steps(rows, place), _coder(self.codec))
+        body = quantize(rows, self._steps(rows, place), self._coder)
         return half.view(torch.uint8).numpy().tobytes() + body
 
     def decode(self, payload: bytes, shape: tuple[int, int, int], dtype: torch.dtype, place: Place) -> torch.Tensor:
@@ -172,7 +135,7 @@ class Quantized:
         if tokens == sinks:
             return first
         rows = (heads * (tokens - sinks), width) if self._by_token(place) else (heads * width, tokens - sinks)
-        numbers = dequantize(payload[size:], rows, _coder(self.codec))
+        numbers = dequantize(payload[size:], rows, self._coder)
         if self._by_token(place):
             rest = numbers.reshape(heads, tokens - sinks, width)
         else:
@@ -192,10 +155,6 @@ class Quantized:
         if self.calibration is None:
             return rows.std(1, keepdim=True, correction=0) * plain
         return self.calibration.steps(place.layer, place.part) * calibrated
-
-
-def _coder(codec: str) -> EntropyCoder:
-    return Zstd()
 
 
 def _sinks(position: int, tokens: int) -> int:

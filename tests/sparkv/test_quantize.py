@@ -13,8 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvsched.errors import ChunkError, InputError
+from kvsched.sparkv.calibration import SINKS
 from kvsched.sparkv.codec import Coder
-from kvsched.sparkv.quantize import SINKS, Place, Quantized, Zstd, dequantize, quantize
+from kvsched.sparkv.entropy import Zstd
+from kvsched.sparkv.quantize import Place, Quantized, dequantize, quantize
 from kvsched.sparkv.rope import Rotation
 
 CODECS = st.sampled_from(["int8", "balanced", "small"])
