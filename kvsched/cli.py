@@ -132,3 +132,22 @@ def profile(
         seconds = table[chunk]
         row = "".join(f"{seconds[depth]:12.3f}" for depth in depths)
         typer.echo(f"{chunk * chunk_tokens:16}{row}{chunk_tokens / seconds[-1]:12.0f}")
+
+
+@app.command()
+def calibrate(
+    name: Annotated[str | None, typer.Option("--model", help="A folder or a name on the hub.")] = None,
+    text: Annotated[Path | None, typer.Option(help="UTF-8 text; without it, the Python language reference.")] = None,
+    store: Annotated[str | None, typer.Option(help="Also put it into this store, beside the model's chunks.")] = None,
+) -> None:
+    """Measure how finely a model's keys and values have to be kept, for the codecs balanced and small."""
+    from .hub import load_model
+    from .sparkv.calibration import Calibration, calibration_path, read_texts
+    from .sparkv.store import Store
+
+    model, tokenizer = load_model(name)
+    texts, source = read_texts(text, tokenizer)
+    calibration = Calibration.measure(model, texts, source)
+    typer.echo(calibration.keep())
+    if store is not None:
+        Store(store, writable=True).put(calibration_path(calibration.id), calibration.to_bytes())

@@ -17,6 +17,7 @@ import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import platformdirs
@@ -31,7 +32,7 @@ from .forward import kv_shapes
 from .rope import Rotation
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SINKS = 4
 """First tokens of a sequence that stay in half precision: attention sinks, with keys and values unlike all others."""
@@ -39,7 +40,9 @@ SINKS = 4
 Part = Literal["keys", "values"]
 Step = Annotated[float, Field(gt=1e-30, lt=1e30)]
 
-_CONTEXT, _FOLLOWING, _CHUNK = 1024, 256, 256
+_CONTEXT, _FOLLOWING, _CHUNK = 1024, 256, 256  # tokens
+_STRETCH = _CONTEXT + _FOLLOWING
+_CHAPTERS = ("customization", "typesseq")
 _DRAWS = 2
 _MAX_BYTES = 1 << 26
 
@@ -99,7 +102,10 @@ class Calibration:
             ChunkError: it does not.
         """
         rows = [heads * head_dim for heads, head_dim in shapes]
-        if self.fingerprint != model_fingerprint or [len(layer.keys) for layer in self.layers] != rows:
+        if self.fingerprint != model_fingerprint or any(
+            [len(part) for part in parts] != rows
+            for parts in ([layer.keys for layer in self.layers], [layer.values for layer in self.layers])
+        ):
             raise ChunkError("a calibration belongs to another model")
 
     def steps(self, layer: int, part: Part) -> torch.Tensor:
@@ -134,7 +140,7 @@ class Calibration:
         """Measure the steps of `model` (a minute for each text on two cores).
 
         Args:
-            texts: token ids `[1, n]` with `n > 4`; the first 1024 are the context and the next 256, or the last fifth
+            texts: token ids `[1, n]` with `n >= 8`; the first 1024 are the context and the next 256, or the last fifth
                 of a shorter text, the tokens that it is to serve.
             source: what the texts are.
 
@@ -166,6 +172,23 @@ class Calibration:
 _CALIBRATION = TypeAdapter(Calibration)
 
 
+def read_texts(path: Path | None, tokenizer: PreTrainedTokenizerBase) -> tuple[list[torch.Tensor], str]:
+    """Token ids `[1, n]` of up to three stretches of a text, or of chapters that come with Python; and its name.
+
+    Raises:
+        InputError: the file cannot be read.
+    """
+    try:
+        texts = [topics[name] for name in _CHAPTERS] if path is None else [path.read_text(encoding="utf-8")]
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is no UTF-8 text: {error}") from error
+    split = [tokenizer(text, return_tensors="pt").input_ids.split(_STRETCH, dim=1) for text in texts]
+    if path is None:
+        return [stretches[0] for stretches in split], f"pydoc_data.topics: {', '.join(_CHAPTERS)}"
+    whole = [stretch for stretch in split[0] if stretch.shape[1] == _STRETCH]
+    return whole[:3] or list(split[0]), path.name
+
+
 def calibration_path(calibration_id: str) -> str:
     """Where a calibration lies in a store."""
     return f"calibrations/{calibration_id[:2]}/{calibration_id}.json"
@@ -182,7 +205,7 @@ def _spread_and_price(
     """Variance within a chunk and Fisher information of each channel, for keys and values of each layer in turn."""
     if ids.shape[1] < 2 * SINKS:
         raise InputError(f"A text of {ids.shape[1]} tokens is too short to calibrate with.")
-    context = min(_CONTEXT, ids.shape[1] * _CONTEXT // (_CONTEXT + _FOLLOWING))
+    context = min(_CONTEXT, ids.shape[1] * _CONTEXT // _STRETCH)
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
         model.base_model(ids[:, :context], past_key_values=cache)
