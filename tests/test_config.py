@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvsched import DynaKVConfig, SparKVConfig
-from kvsched.config import CacheConfig, parse_bytes
+from kvsched.config import CacheConfig, parse_bytes, parse_duration
 from kvsched.errors import ConfigError
 
 CONFIGS = [SparKVConfig, DynaKVConfig]
@@ -139,3 +139,19 @@ def test_a_missing_or_binary_yaml_file_is_refused(tmp_path: Path) -> None:
     for name in ("none.yaml", "binary.yaml"):
         with pytest.raises(ConfigError, match=name):
             SparKVConfig.from_yaml(tmp_path / name)
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("1.5h", 5400), ("30d", 2592000), (" 2 w ", 1209600)])
+def test_durations(text: str, seconds: float) -> None:
+    assert parse_duration(text).total_seconds() == seconds
+
+
+@pytest.mark.parametrize("text", ["", "30", "d", "-1d", "1y", "1e3s"])
+def test_what_is_no_duration(text: str) -> None:
+    with pytest.raises(ConfigError, match="is not a duration"):
+        parse_duration(text)
+
+
+def test_secrets_are_not_shown() -> None:
+    config = SparKVConfig(token="the-token", tenant_secret="the tenant's secret")
+    assert "the-token" not in repr(config) and "tenant's" not in repr(config)
