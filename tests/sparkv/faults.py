@@ -6,7 +6,6 @@ import contextlib
 import re
 import socket
 import threading
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -86,13 +85,6 @@ class Faulty:
                 with self._lock:
                     for connection in self._sockets:
                         connection.shutdown(socket.SHUT_RDWR)
-
-    def wait_until_left(self, seconds: float = 5.0) -> None:
-        """Returns when the client has closed every connection; fails after `seconds`."""
-        deadline = time.monotonic() + seconds
-        while self.open:
-            assert time.monotonic() < deadline, f"{self.open} connections were left open"
-            time.sleep(0.01)
 
     def _accept(self, listener: socket.socket) -> None:
         while True:
