@@ -20,7 +20,9 @@ from ..errors import ConfigError, StoreError
 
 # A stalled read is found out by whoever reads, so the client's own limit on a whole response is put out of the way.
 _NO_LIMIT = "1 day"
-_IDLE = "10 seconds"  # a connection that nothing was asked on is closed then
+# A connection on which nothing was asked for that long is closed, at the latest twice that long after the last answer.
+# Usually it goes with the store; but obstore lets go of Python objects at times only in its next call.
+_IDLE = "5 seconds"
 _READ_BYTES = 64 * 1024
 _IN_FLIGHT = 64
 _Result = TypeVar("_Result")
@@ -148,7 +150,7 @@ class Store:
             async for piece in answer.stream(min_chunk_size=_READ_BYTES):
                 yield bytes(piece)
         except (BaseError, OSError) as error:
-            raise self._error(error) from error
+            raise self._error(error) from _released(error)
 
     def put(self, path: str, data: bytes, overwrite: bool = True) -> bool:
         """Write an object whole or not at all; `False` if it was there and is not to be overwritten.
@@ -201,10 +203,12 @@ class Store:
     async def _patiently(self, request: Any) -> Any:
         try:
             return await asyncio.wait_for(request, self.connect_timeout)
-        except (FileNotFoundError, StoreError):
+        except StoreError:
             raise
+        except FileNotFoundError as error:
+            raise FileNotFoundError(str(error)) from _released(error)
         except (BaseError, OSError, asyncio.TimeoutError) as error:
-            raise self._error(error) from error
+            raise self._error(error) from _released(error)
 
     def _error(self, error: Exception) -> StoreError:
         reason = _first_line(error) or f"no answer within {self.connect_timeout} seconds"
@@ -225,6 +229,13 @@ def _client_options(connect_timeout: float, token: str | None, certificate: str 
         except OSError as error:
             raise ConfigError(f"certificate={os.fspath(certificate)!r} cannot be read: {error}.") from error
     return options
+
+
+def _released(error: Exception) -> Exception:
+    """The error without its frames: obstore may hold on to it until its next call, and the frames hold the store, and
+    the store its connections.
+    """
+    return error.with_traceback(None)
 
 
 def _first_line(error: Exception) -> str:

@@ -67,8 +67,8 @@ def expect_streamed(cache: kvsched.SparKVCache) -> None:
 
 
 def expect_left(server: Faulty) -> None:
-    """Every connection is closed once the cache is gone."""
-    deadline = time.monotonic() + 5
+    """Every connection is closed soon after the cache is gone, at the latest when it was idle for long enough."""
+    deadline = time.monotonic() + 15
     while server.open:
         assert time.monotonic() < deadline, f"{server.open} connections were left open"
         gc.collect()  # an error and the frames that it came through refer to each other
