@@ -133,8 +133,8 @@ class SparKVConfig(CacheConfig):
 
     Args:
         store: where published chunks live: a folder, `file:///folder`, `http(s)://host/path` or `s3://bucket/path`.
-        codec: how a layer of a chunk is written. `lossless` keeps every bit of the model's dtype; `int8`, `balanced`
-            and `small` give up more and more precision for fewer bytes.
+        codec: how a layer of a chunk is written. `lossless` keeps every bit of the model's dtype, and so the tokens of
+            a local prefill; `int8`, `balanced` and `small` give up more and more precision for fewer bytes.
         chunk_tokens: tokens in a chunk, the unit that is published, streamed or computed. The paper uses 1024;
             256 lets a context of a few thousand tokens be divided finely enough for both paths to end together.
         planner: `optimal` divides the work by cost. The rest are for comparison: `stream` streams the whole prefix,
@@ -153,7 +153,7 @@ class SparKVConfig(CacheConfig):
     """
 
     store: str | os.PathLike[str] | None = None
-    codec: Literal["lossless", "int8", "balanced", "small"] = "lossless"
+    codec: Literal["lossless", "int8", "balanced", "small"] = "balanced"
     chunk_tokens: int = 256
     planner: Literal["optimal", "greedy", "local", "stream", "token_split", "layer_split"] = "optimal"
     device: str | os.PathLike[str] | None = None

@@ -19,6 +19,7 @@ pytestmark = pytest.mark.real_model
 
 TOLERANCE = 1e-4
 PROMPT = 900
+LOSSLESS = {"codec": "lossless", "chunk_tokens": 128}
 GENERATE = {"max_new_tokens": 256, "min_new_tokens": 256, "do_sample": False, "output_logits": True}
 
 
@@ -50,14 +51,12 @@ def reference(real_model) -> Reference:
 @pytest.fixture(scope="module")
 def store(reference: Reference, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("store")
-    kvsched.publish(reference.model, reference.ids, store=folder, config={"chunk_tokens": 128})
+    kvsched.publish(reference.model, reference.ids, store=folder, config=LOSSLESS)
     return folder
 
 
 def test_sparkv_lossless_equals_full_prefill_over_256_tokens(reference: Reference, store: Path) -> None:
-    report = reference.expect_same(
-        cache_implementation="sparkv", cache_config={"store": str(store), "chunk_tokens": 128}
-    )
+    report = reference.expect_same(cache_implementation="sparkv", cache_config={"store": str(store), **LOSSLESS})
     assert report.loaded_tokens == 896 and report.fallback is None
 
 
@@ -73,7 +72,7 @@ def test_every_staircase_gives_the_logits_of_full_prefill(
     monkeypatch.setitem(loader.PLANNERS, "optimal", lambda *_: np.array(depths))
     monkeypatch.setattr(loader.Loader, "_computing_is_quicker", lambda *_: False)
     monkeypatch.setattr(loader, "_REPLAN_SECONDS", 1e6)  # seconds: the first plan stands
-    cache = SparKVCache(reference.model.config, store=store, chunk_tokens=128)
+    cache = SparKVCache(reference.model.config, store=store, **LOSSLESS)
     assert cache.load(reference.model, reference.ids).depths == tuple(depths)
     logits = reference.model(reference.ids[:, cache.get_seq_length() :], past_key_values=cache).logits[:, -1]
     torch.testing.assert_close(logits, reference.logits[0], atol=TOLERANCE, rtol=0)

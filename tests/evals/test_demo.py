@@ -15,9 +15,13 @@ def test_the_readme_shows_the_committed_measurement() -> None:
     assert demo.table(result["sparkv"], result["dynakv"]) in (ROOT / "README.md").read_text()
 
 
-def test_the_committed_measurement_kept_the_tokens() -> None:
+def test_every_answer_of_the_committed_measurement_begins_with_the_same_token() -> None:
     rows = json.loads((ROOT / "evals/results/demo.json").read_text())["sparkv"]["rows"]
-    assert all(row["tokens"] == rows["local"]["tokens"] for row in rows.values())
+    assert {row["tokens"][0] for row in rows.values()} == {rows["local"]["tokens"][0]}
+
+
+def test_equal_tokens_are_counted_position_by_position() -> None:
+    assert demo.equal_share([1, 2, 3, 4], [1, 2, 9, 4]) == 0.75
 
 
 def test_the_clock_counts_from_its_making_and_skips_the_prompt() -> None:

@@ -24,9 +24,10 @@ def draw(*shape: int, seed: int = 0) -> torch.Tensor:
 def published(request: pytest.FixtureRequest, tiny_model, tmp_path: Path):
     """A model, a prompt whose first 224 tokens are published with others behind them, and the options to load it."""
     model, document = tiny_model(request.param), draw(1, 256)
-    kvsched.publish(model, document, store=tmp_path, config={"chunk_tokens": CHUNK})
+    options = {"store": str(tmp_path), "codec": "lossless", "chunk_tokens": CHUNK}
+    kvsched.publish(model, document, config=options)
     prompt = torch.cat([document[:, :230], draw(1, 20, seed=1)], dim=1)
-    return model, prompt, {"store": str(tmp_path), "chunk_tokens": CHUNK}
+    return model, prompt, options
 
 
 def expect_same_tokens(model, ids: torch.Tensor, options: dict, **inputs: torch.Tensor) -> SparKVCache:

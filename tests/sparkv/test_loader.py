@@ -38,7 +38,7 @@ class Prefix:
     def __init__(self, model, folder: Path) -> None:
         self.model, self.folder = model, folder
         self.ids = torch.randint(0, model.config.vocab_size, (1, TOKENS), generator=torch.Generator().manual_seed(1))
-        publish(model, self.ids, store=folder, config={"chunk_tokens": CHUNK})
+        publish(model, self.ids, store=folder, config={"codec": "lossless", "chunk_tokens": CHUNK})
         self.addresses = chain(fingerprint(model), "lossless", CHUNK, self.ids[0])
         self.expected = DynamicCache()
         with torch.no_grad():
@@ -46,7 +46,7 @@ class Prefix:
 
     def loader(self, uri: str | Path | None = None, goodput: float | None = None, **options: object) -> Loader:
         store = Store(uri or self.folder)
-        config = SparKVConfig(chunk_tokens=CHUNK, **options)  # type: ignore[arg-type]
+        config = SparKVConfig(codec="lossless", chunk_tokens=CHUNK, **options)  # type: ignore[arg-type]
         manifest = store.wait(find(store, address.Prefix.of(self.model, config, self.ids[0])))
         assert manifest is not None
         return Loader(self.model, self.ids, manifest, store, config, goodput)

@@ -18,7 +18,7 @@ from kvsched.sparkv.manifest import Manifest, chunk_path
 from kvsched.sparkv.store import Store
 
 IDS = torch.randint(0, 256, (1, 100), generator=torch.Generator().manual_seed(0))
-SMALL = {"chunk_tokens": 16}
+SMALL = {"codec": "lossless", "chunk_tokens": 16}
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -135,6 +135,16 @@ def test_what_another_publisher_has_put_is_kept_and_described(
     report = kvsched.publish(model, IDS, store=tmp_path, config=SMALL)
     assert report.chunks_written == 0 and files(tmp_path) == theirs
     expect_loadable(model, tmp_path, chunks=6)
+
+
+def test_what_a_lossy_codec_gives_back_is_not_computed_on(tiny_model, tmp_path: Path) -> None:
+    """Its errors would enter every chunk that is appended."""
+    model, lossy = tiny_model("llama"), {"chunk_tokens": 16}
+    assert kvsched.SparKVConfig().codec == "balanced"
+    kvsched.publish(model, IDS, store=tmp_path / "whole", config=lossy)
+    kvsched.publish(model, IDS[:, :48], store=tmp_path / "grown", config=lossy)
+    assert kvsched.publish(model, IDS, store=tmp_path / "grown", config=lossy).chunks_written == 3
+    assert files(tmp_path / "grown") == files(tmp_path / "whole")
 
 
 def test_two_publishers_at_once(tiny_model, tmp_path: Path) -> None:

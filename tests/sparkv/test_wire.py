@@ -33,6 +33,7 @@ from kvsched.sparkv.store import Store
 from kvsched_evals.link import shaped_link
 
 CHUNK, TOKENS, ANSWER = 16, 96, 6
+OPTIONS = {"codec": "lossless", "chunk_tokens": CHUNK}
 IDS = torch.randint(1, 256, (1, TOKENS + 5), generator=torch.Generator().manual_seed(0))
 
 
@@ -47,13 +48,13 @@ def _no_record_kept(monkeypatch: pytest.MonkeyPatch) -> None:
 def published(tiny_model, tmp_path_factory) -> tuple[object, Path]:
     """A model, and a folder with the six chunks of `IDS`."""
     model, folder = tiny_model("llama"), tmp_path_factory.mktemp("published")
-    kvsched.publish(model, IDS, store=folder, config={"chunk_tokens": CHUNK})
+    kvsched.publish(model, IDS, store=folder, config=OPTIONS)
     return model, folder
 
 
 def load(model, store: str, **options: object) -> kvsched.SparKVCache:
     """A cache that has loaded `IDS`; whatever the store did, the model goes on from it as from a full prefill."""
-    cache = kvsched.SparKVCache(model.config, store=store, chunk_tokens=CHUNK, **options)
+    cache = kvsched.SparKVCache(model.config, store=store, **OPTIONS, **options)
     cache.load(model, IDS)
     with torch.no_grad():
         logits = model(IDS[:, cache.get_seq_length() :], past_key_values=cache).logits
@@ -207,7 +208,7 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 def test_s3_publish_load_append_and_collect(published, bucket: str) -> None:
     model, _ = published
-    config = {"chunk_tokens": CHUNK, "store": bucket}
+    config = {**OPTIONS, "store": bucket}
     assert kvsched.publish(model, IDS[:, :48], config=config).chunks_written == 3
     assert kvsched.publish(model, IDS, config=config).chunks_written == 3
     assert kvsched.publish(model, IDS, config=config).bytes_written == 0
@@ -236,7 +237,7 @@ def test_a_miss_costs_one_round_trip_and_a_hit_two(published) -> None:
             send(request.honest())
 
         with Faulty(folder, answer).running() as server:
-            cache = kvsched.SparKVCache(model.config, store=server.url, chunk_tokens=CHUNK, planner="stream")
+            cache = kvsched.SparKVCache(model.config, store=server.url, planner="stream", **OPTIONS)
             cache.load(model, tokens % 256)
         kinds = [f"{request.method} {request.path.split('/')[1]}" for request in seen]
         assert kinds[:ANSWER] == ["HEAD manifests"] * ANSWER
@@ -247,7 +248,7 @@ def test_on_a_slow_link_a_miss_and_a_hit_take_as_long_as_their_round_trips(publi
     """At 200 ms of round trip: one to open the connections, one for a miss, two for a hit, then one to first bytes."""
     model, folder = published
     with Faulty(folder).running() as server, shaped_link(server.url, mbit=1000, rtt_ms=200) as url:
-        options = {"store": url, "chunk_tokens": CHUNK, "planner": "stream"}
+        options = {**OPTIONS, "store": url, "planner": "stream"}
         miss, hit = kvsched.SparKVCache(model.config, options), kvsched.SparKVCache(model.config, options)
         begin = time.monotonic()
         miss.load(model, (IDS + 1) % 256)
