@@ -248,7 +248,6 @@ class DynaKVLayer(CacheLayerMixin):
                 slots = self._fetch(s, c)
                 some = fits & (of >= part.start) & (of < part.stop)
                 self._append(stream[some], column[some], cluster[some], offset[some], slots[of[some] - part.start])
-                self.storage.changed(to_host(slots), to_host(self.index.size[s, c]))
                 split = full[part] | self.index.too_wide(s, c)
                 self._split(s[split], c[split], slots[split])
             if fits.all():
@@ -264,7 +263,7 @@ class DynaKVLayer(CacheLayerMixin):
     ) -> None:
         entries = self.dense.entries[:, self.dense.waiting][stream, column]
         position = self.dense.position[:, self.dense.waiting][stream, column]
-        self.storage.arena[slots.cpu(), offset.cpu()] = entries.to(self.storage.arena)
+        self.storage.append(to_host(slots), to_host(offset), entries)
         self.index.append(stream, cluster, offset, entries[:, : self._key_width].float(), position)
         self.dense.end_wait(stream, column)
 
@@ -272,23 +271,19 @@ class DynaKVLayer(CacheLayerMixin):
         """Split clusters that lie in `slots`: the first half keeps its place, the second becomes a new cluster."""
         if len(stream) == 0:
             return
-        entries = self.storage.arena[slots.cpu()].to(self.device)
-        keys = entries[..., : self._key_width].float()
         each = torch.arange(self.config.max_cluster_size, device=self.device)
+        keys = self._entries(slots.unsqueeze(1), each)[..., : self._key_width].float()
         mask = each < self.index.size[stream, cluster].unsqueeze(1)
         second = two_means(keys, mask)
         half = torch.where(mask, second.long(), -1)
         centroid, size, deviation = moments(keys, half, 2)
 
         order = torch.where(mask, half, 2).argsort(dim=1, stable=True)
-        rows = torch.arange(len(stream), device=self.device).unsqueeze(1)
-        entries, position = entries[rows, order], self.index.position[stream, cluster].gather(1, order)
-        self.storage.arena[slots.cpu()] = entries.to(self.storage.arena)
-        self.storage.changed(to_host(slots), to_host(size[:, 0]))
+        address = self.storage.split(to_host(slots), to_host(order), to_host(size))
+        position = self.index.position[stream, cluster].gather(1, order)
         self.index.replace(stream, cluster, centroid[:, 0], size[:, 0], deviation[:, 0], position)
 
         behind = (each + size[:, :1]).clamp_max(self.config.max_cluster_size - 1)
-        address = self.storage.create(entries[rows, behind], to_host(size[:, 1]))
         self.index.create(
             stream, centroid[:, 1], size[:, 1], deviation[:, 1], position.gather(1, behind), self._to_device(address)
         )
@@ -310,7 +305,7 @@ class DynaKVLayer(CacheLayerMixin):
         return self._to_device(self.storage.fetch(to_host(address), to_host(size)))
 
     def _entries(self, slots: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
-        return self.storage.arena[slots.cpu(), offset.cpu()].to(self.device, self.dtype)
+        return self.storage.read(to_host(slots), to_host(offset)).to(self.device, self.dtype)
 
     def _to_device(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).to(self.device)
@@ -413,7 +408,8 @@ class DynaKVLayer(CacheLayerMixin):
             for part in self.storage.rounds(len(stream)):
                 s, c = stream[part], cluster[part]
                 slots = self._fetch(s, c)
-                address = self.storage.create(self.storage.arena[slots.cpu()], to_host(self.index.size[s, c]))
+                each = torch.arange(self.config.max_cluster_size, device=self.device)
+                address = self.storage.create(self._entries(slots.unsqueeze(1), each), to_host(self.index.size[s, c]))
                 self.index.address[s, c] = self._to_device(address)
 
     def _free(self, stream: torch.Tensor, cluster: torch.Tensor) -> None:

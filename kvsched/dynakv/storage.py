@@ -110,6 +110,38 @@ class ClusterStorage:
         self.table.changed(slots, sizes)
         return addresses
 
+    def read(self, slots: np.ndarray, offset: np.ndarray) -> torch.Tensor:
+        """Copies of entries, in the dtype of the storage: `[..., width]` for int64 `[...]` of either (broadcast).
+
+        Places beyond a cluster's size give anything.
+        """
+        return self.arena[torch.from_numpy(slots), torch.from_numpy(offset)]
+
+    def append(self, slots: np.ndarray, offset: np.ndarray, entries: torch.Tensor) -> None:
+        """Put entries `[M, width]` at `offset` `[M]` of `slots` `[M]`, which continues each cluster without gaps."""
+        self.arena[torch.from_numpy(slots), torch.from_numpy(offset)] = entries.to(self.arena)
+        grown, of = np.unique(slots, return_inverse=True)
+        sizes = np.zeros(len(grown), dtype=np.int64)
+        np.maximum.at(sizes, of, offset + 1)
+        self.table.changed(grown, sizes)
+
+    def split(self, slots: np.ndarray, order: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+        """Split N clusters in two; the first part keeps slot and address.
+
+        Args:
+            slots: int64 `[N]`.
+            order: int64 `[N, max_cluster_size]`, old offsets in their new order: first part, second part, anything.
+            sizes: int64 `[N, 2]`, entries in either part.
+
+        Returns:
+            int64 `[N]`, addresses of the second parts.
+        """
+        entries = self.read(slots[:, None], order)
+        self.arena[torch.from_numpy(slots)] = entries
+        self.table.changed(slots, sizes[:, 0])
+        behind = (sizes[:, :1] + np.arange(self._max_size)).clip(max=self._max_size - 1)
+        return self.create(entries[torch.arange(len(slots)).unsqueeze(1), torch.from_numpy(behind)], sizes[:, 1])
+
     def resident(self, addresses: np.ndarray) -> np.ndarray:
         """bool: which clusters can be used without reading."""
         return self.table.slot_of(addresses) >= 0
