@@ -1,8 +1,9 @@
-"""`make bench-sparkv`: time to the first token over shaped and recorded links, on the real model (targets S3-S5).
+"""`make bench-sparkv`: time to the first token over shaped and recorded links, on the real model (S3-S5, S7, S9).
 
 Every request goes through real sockets: a published folder, a server, a relay that shapes the link, `generate()`. All
-planners of a case run one after the other, so that ratios compare like with like. Results are written after every case
-and finished cases are not run again, so a long run can be broken off and taken up.
+planners of a cell (context, rate, round trip) run one after the other, in an order that changes from cell to cell and
+from repeat to repeat, so that ratios compare like with like. Results are written after every request and finished ones
+are not run again, so a long run can be broken off and taken up.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ import shlex
 import statistics
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Annotated, Any
@@ -30,26 +32,34 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 import kvsched
+from kvsched.sparkv import cache as sparkv_cache
 from kvsched.sparkv import loader
+from kvsched.sparkv.address import fingerprint
+from kvsched.sparkv.calibration import Calibration
 from kvsched.sparkv.cost import DeviceProfile
+from kvsched.sparkv.energy import EnergyMeter
+from kvsched.sparkv.grid import Grid
 from kvsched.sparkv.serve import running
 
 from .demo import TokenClock
 from .link import shaped_link
 from .machine import describe
+from .recorded import Recording
+from .rounds import Rounds
+from .sparkv_verdicts import OURS, verdicts
 
 CHUNK_TOKENS = 256
 QUERY_TOKENS = 64
-DROP = 0.5  # a recorded link is taken up where its bandwidth falls to this share or less
-DROP_WINDOW = 8  # steps of the log before and after a drop that are compared
+RECORDED_RTT_MS = 20.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
     """One request: `context` prompt tokens of a published document over one link, divided by one planner.
 
-    `link` is a rate in Mbit/s, or the name of a recorded log with the step at which it is taken up (`name@step`).
-    `replan` off keeps the first plan that was made with a known goodput.
+    `link` is a rate in Mbit/s, or the name of a recorded log with the step at which it is taken up (`name@step`); soon
+    after, it falls to the share `falls_to` of its rate. The planner `progressive` is `optimal` over chunks of that
+    codec. `replan` off keeps the first plan.
     """
 
     context: int
@@ -57,14 +67,27 @@ class Case:
     rtt_ms: float
     planner: str
     replan: bool = True
+    falls_to: float | None = None
 
     @property
     def key(self) -> str:
         return "/".join(map(str, dataclasses.astuple(self)))
 
+    def planned(self, codec: str) -> tuple[str, str]:
+        """The planner and the codec that it stands for, where others use `codec`."""
+        return ("optimal", "progressive") if self.planner == "progressive" else (self.planner, codec)
+
 
 class Bench:
-    """The published document, the server and the results so far."""
+    """The document, the model and the results so far.
+
+    Args:
+        model: loads and computes.
+        ids: `[1, n]`, the document; a context is its first tokens.
+        codec: of all planners but `progressive`.
+        logs: folder of recorded links.
+        out: the JSON file of results, taken up if it is there.
+    """
 
     def __init__(self, model: PreTrainedModel, ids: torch.Tensor, codec: str, logs: Path | None, out: Path) -> None:
         self.model, self.ids, self.codec, self.logs, self.out = model, ids, codec, logs, out
@@ -72,89 +95,139 @@ class Bench:
         if kept and kept["settings"] != self.settings:
             raise typer.BadParameter(f"{out} was measured with other settings: remove it, or name another file.")
         self.rows: dict[str, list[dict[str, Any]]] = kept.get("rows", {})
+        self.timelines: dict[str, dict[str, Any]] = kept.get("timelines", {})
+        self.wire: dict[str, dict[str, int]] = kept.get("wire", {})
 
     @property
     def settings(self) -> dict[str, Any]:
-        digest = hashlib.sha256(self.ids.numpy().tobytes()).hexdigest()[:16]
-        return {"codec": self.codec, "chunk_tokens": CHUNK_TOKENS, "query_tokens": QUERY_TOKENS, "document": digest}
+        """What results must have in common to stand in one file."""
+        calibration = Calibration.find(fingerprint(self.model))
+        return {
+            "codec": self.codec,
+            "calibration": calibration.id if calibration else None,
+            "chunk_tokens": CHUNK_TOKENS,
+            "query_tokens": QUERY_TOKENS,
+            "document": hashlib.sha256(self.ids[:, :QUERY_TOKENS].numpy().tobytes()).hexdigest()[:16],
+        }
 
-    def run(self, cases: list[Case], repeats: int) -> None:
-        """Measure what is missing of `cases`, each `repeats` times, side by side."""
-        longest = max(case.context for case in cases)
+    def run(self, order: list[Case]) -> None:
+        """Measure what is missing of `order`; a case stands in it as often as it is to be measured."""
+        longest, seen = max(case.context for case in order), Counter[Case]()
+        DeviceProfile.of(self.model, CHUNK_TOKENS)
         with tempfile.TemporaryDirectory() as folder:
-            config = {"codec": self.codec, "chunk_tokens": CHUNK_TOKENS}
-            kvsched.publish(self.model, self.ids[:, :longest], store=folder, config=config)
-            DeviceProfile.of(self.model, CHUNK_TOKENS)
-            with running(folder) as server, tqdm(total=len(cases) * repeats, desc="sparkv", unit="request") as bar:
-                for repeat in range(repeats):
-                    for case in cases:
-                        done = self.rows.setdefault(case.key, [])
-                        if len(done) <= repeat:
-                            done.append(self._request(case, server))
-                            self.write()
-                        bar.update()
+            for codec in sorted({case.planned(self.codec)[1] for case in order if case.planner != "local"}):
+                config = {"codec": codec, "chunk_tokens": CHUNK_TOKENS}
+                kvsched.publish(self.model, self.ids[:, :longest], store=folder, config=config)
+            with running(folder) as server:
+                for case in tqdm(order, desc="sparkv", unit="request"):
+                    done = self.rows.setdefault(case.key, [])
+                    seen[case] += 1
+                    if len(done) < seen[case]:
+                        done.append(self._request(case, server))
+                        self.write()
+            if not self.wire:
+                self.wire = self._count_round_trips(Path(folder), longest)
+                self.write()
 
     def _request(self, case: Case, server: str) -> dict[str, Any]:
-        document = self.ids[:, : case.context]
-        question = self.ids.flip(1)[:, :QUERY_TOKENS]  # nothing published continues like this
-        prompt = torch.cat([document, question], dim=1)
-        clock = TokenClock()
-        generate = {"max_new_tokens": 1, "do_sample": False, "streamer": clock, "return_dict_in_generate": True}
+        clock, meter = TokenClock(), EnergyMeter()
+        prompt, row = self._prompt(case.context), dataclasses.asdict(case)
+
+        def first_token(**cache: Any) -> Any:
+            with meter:
+                clock.begin = time.perf_counter()
+                return self.model.generate(
+                    prompt, max_new_tokens=1, do_sample=False, streamer=clock, return_dict_in_generate=True, **cache
+                )
+
         if case.planner == "local":
-            output = self.model.generate(prompt, past_key_values=DynamicCache(config=self.model.config), **generate)
-            return {**dataclasses.asdict(case), "ttft": clock.first, "token": int(output.sequences[0, -1])}
-        with self._link(case, server) as url, self._frozen_plan(not case.replan):
-            options = {
-                "store": url,
-                "codec": self.codec,
-                "chunk_tokens": CHUNK_TOKENS,
-                "planner": case.planner,
-                "stall_timeout": 60.0,
-            }
-            clock.begin = time.perf_counter()
-            output = self.model.generate(prompt, cache_implementation="sparkv", cache_config=options, **generate)
-        report = dataclasses.asdict(output.past_key_values.report())
+            output = first_token(past_key_values=DynamicCache(config=self.model.config))
+        else:
+            planner, codec = case.planned(self.codec)
+            with self._link(case, server) as url, self._known_link(case, url), self._frozen_plan(not case.replan):
+                options = {"store": url, "codec": codec, "chunk_tokens": CHUNK_TOKENS, "planner": planner}
+                output = first_token(cache_implementation="sparkv", cache_config=options)
+                report = dataclasses.asdict(output.past_key_values.report())
+            self._keep_timeline({**row, "ttft": clock.first}, report.pop("timeline"))
+            row |= {"report": report, "query_seconds": self._compute_seconds(case.context)[1]}
         token = int(output.sequences[0, -1])
-        return {**dataclasses.asdict(case), "ttft": clock.first, "token": token, "report": report}
+        return {**row, "ttft": clock.first, "token": token, "measured_joules": meter.joules}
+
+    def _prompt(self, context: int) -> torch.Tensor:
+        """The document's first tokens `[1, context]`, and a question: nothing published continues like it."""
+        return torch.cat([self.ids[:, :context], self.ids[:, :QUERY_TOKENS].flip(1)], dim=1)
+
+    def _compute_seconds(self, context: int) -> tuple[float, float]:
+        """Seconds that a context and the question behind it take to compute, by the device's profile."""
+        chunks = context // CHUNK_TOKENS
+        grid = Grid(chunks + 1, CHUNK_TOKENS, self.model.config.num_hidden_layers)
+        seconds = DeviceProfile.of(self.model, CHUNK_TOKENS).compute_seconds(grid)[:, -1]
+        return float(seconds[:chunks].sum()), float(seconds[chunks]) * QUERY_TOKENS / CHUNK_TOKENS
+
+    def _link(self, case: Case, server: str) -> AbstractContextManager[str]:
+        if case.falls_to is None:
+            return shaped_link(server, mbit=float(case.link), rtt_ms=case.rtt_ms)
+        recording, step = self._recording(case)
+        return recording.replayed(step, server, case.rtt_ms)
+
+    def _recording(self, case: Case) -> tuple[Recording, int]:
+        assert self.logs is not None
+        name, step = case.link.rsplit("@", 1)
+        return Recording.read(self.logs / f"{name}.json"), int(step)
+
+    def _known_link(self, case: Case, url: str) -> AbstractContextManager[Any]:
+        """Of a shaped link nothing is known, as at the first contact; of a recorded one, what it gave until now.
+
+        Otherwise the first plan, which some cases keep, would be made without any rate.
+        """
+        known = {}
+        if case.falls_to is not None:
+            recording, step = self._recording(case)
+            known[url] = recording.known(step) * 1e6 / 8
+        return mock.patch.dict(sparkv_cache._last_goodput, known, clear=True)
 
     @contextlib.contextmanager
     def _frozen_plan(self, frozen: bool) -> Iterator[None]:
-        """The first plan stays, and nothing that it leaves to the stream is computed instead."""
-        if not frozen:
-            yield
-            return
-        with (
-            mock.patch.object(loader, "_MAX_PLANS", 1),
-            mock.patch.object(loader.Loader, "_computing_is_quicker", lambda *_: False),
-        ):
+        """The first plan stays, and nothing that it leaves to the stream is computed while the link is alive."""
+        with contextlib.ExitStack() as patches:
+            if frozen:
+                patches.enter_context(mock.patch.object(loader, "_MAX_PLANS", 1))
+                patches.enter_context(mock.patch.object(loader.Loader, "_computing_is_quicker", lambda *_: False))
             yield
 
-    @contextlib.contextmanager
-    def _link(self, case: Case, server: str) -> Iterator[str]:
-        if "@" not in case.link:
-            with shaped_link(server, mbit=float(case.link), rtt_ms=case.rtt_ms) as url:
-                yield url
+    def _keep_timeline(self, row: dict[str, Any], arrivals: Iterable[Iterable[Any]]) -> None:
+        """Keep, for each of our planners, the arrivals of the load over a shaped link that both paths shared best."""
+        lines = [f"{seconds:.3f} {chunk} {layer} {route}" for seconds, chunk, layer, route in arrivals]
+        if row["planner"] not in OURS or row["falls_to"] is not None or not lines:
             return
+        evenness = min(sum(line.endswith(route) for line in lines) for route in ("computed", "streamed")) / len(lines)
+        if evenness > self.timelines.get(row["planner"], {"evenness": -1})["evenness"]:
+            self.timelines[row["planner"]] = {**row, "evenness": evenness, "arrivals": lines}
+
+    def recorded(self, context: int) -> list[Case]:
+        """Two cases for each log with a drop, with and without re-planning; `Recording.before_drop` says where."""
         assert self.logs is not None
-        name, start = case.link.split("@")
-        steps = read_log(self.logs / f"{name}.json")[int(start) :]
-        link = shaped_link(server, mbit=steps[0][1], rtt_ms=case.rtt_ms)
-        over = threading.Event()
+        with tempfile.TemporaryDirectory() as folder:  # a dry run computes one chunk, to know its size
+            config = {"codec": self.codec, "chunk_tokens": CHUNK_TOKENS}
+            size = kvsched.publish(self.model, self.ids[:, :context], folder, config, dry_run=True).bytes_written
+        cases = []
+        for log in sorted(self.logs.glob("*.json")):
+            if found := Recording.read(log).before_drop(sum(self._compute_seconds(context)), size * 8e-6):
+                link, falls_to = f"{log.stem}@{found[0]}", round(found[1], 3)
+                cases += [Case(context, link, RECORDED_RTT_MS, "optimal", replan, falls_to) for replan in (True, False)]
+        return cases
 
-        def replay() -> None:
-            for seconds, mbit in steps:
-                link.mbit = mbit
-                if over.wait(seconds):
-                    return
-
-        with link as url:
-            player = threading.Thread(target=replay, name="kvsched-replay")
-            player.start()
-            try:
-                yield url
-            finally:
-                over.set()
-                player.join()
+    def _count_round_trips(self, folder: Path, context: int) -> dict[str, dict[str, int]]:
+        """Round trips and requests before bytes flow, for a prompt that is published and for one that is not."""
+        counted = {}
+        prompt = self._prompt(context)
+        for name, ids in (("hit", prompt), ("miss", (prompt + 1) % self.model.config.vocab_size)):
+            rounds = Rounds(folder)
+            with rounds.running() as url:
+                options = {"store": url, "codec": self.codec, "chunk_tokens": CHUNK_TOKENS, "planner": "stream"}
+                kvsched.SparKVCache(self.model.config, options).load(self.model, ids)
+            counted[name] = {"chunks": context // CHUNK_TOKENS, **rounds.before_bytes_flow()}
+        return counted
 
     def write(self) -> None:
         """Keep everything measured so far, and what follows from it."""
@@ -163,41 +236,47 @@ class Bench:
             "command": shlex.join(["python", "-m", "kvsched_evals.sparkv_bench", *sys.argv[1:]]),
             "machine": describe(),
             "settings": self.settings,
-            "summary": summary(self.rows),
+            "verdicts": self.verdicts(),
+            "cases": summary(self.rows),
+            "wire": self.wire,
+            "timelines": self.timelines,
             "rows": self.rows,
         }
         draft = self.out.with_suffix(".tmp")
         draft.write_text(json.dumps(result, indent=1) + "\n")
         draft.replace(self.out)
 
+    def verdicts(self) -> dict[str, Any]:
+        """What the results so far say about the targets."""
+        found = verdicts(self.rows)
+        if self.wire:
+            trips = {name: counted["round_trips"] for name, counted in self.wire.items()}
+            found["S9"] = {**self.wire, "met": trips["hit"] <= 2 and trips["miss"] <= 1}
+        return found
 
-def read_log(path: Path) -> list[tuple[float, float]]:
-    """Steps of a recorded link as (seconds, Mbit/s).
 
-    Raises:
-        typer.BadParameter: the file is no list of steps with `duration_ms` and `bandwidth_kbps`.
+def schedule(
+    contexts: list[int], repeats: list[int], mbits: list[str], rtts: list[float], planners: list[str]
+) -> list[Case]:
+    """Every request over shaped links, in order: a context after the other, each with its own number of repeats.
+
+    Within a repeat the planners of a cell stand side by side. Who is first changes from cell to cell and from repeat to
+    repeat, so that a machine that drifts favours nobody.
     """
-    try:
-        return [(step["duration_ms"] / 1e3, step["bandwidth_kbps"] / 1e3) for step in json.loads(path.read_text())]
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise typer.BadParameter(f"{path} is no recorded link: {error!r}") from error
-
-
-def steepest_drop(steps: list[tuple[float, float]]) -> int | None:
-    """The step, some way before the log's steepest fall to `DROP` or less, at which to take it up."""
-    rates = [mbit for _, mbit in steps]
-    falls = {
-        at: statistics.fmean(rates[at : at + DROP_WINDOW]) / statistics.fmean(rates[at - DROP_WINDOW : at])
-        for at in range(DROP_WINDOW, len(rates) - DROP_WINDOW)
-        if statistics.fmean(rates[at - DROP_WINDOW : at]) > 0
-    }
-    at = min(falls, key=lambda step: falls[step], default=None)
-    return None if at is None or falls[at] > DROP else max(0, at - 3)
+    order = []
+    for context, count in zip(contexts, repeats, strict=True):
+        for repeat in range(count):
+            cells = [(mbit, rtt) for mbit in mbits for rtt in rtts]
+            for index, (mbit, rtt) in enumerate(cells):
+                first = (index + repeat) % len(planners)
+                turn = planners[first:] + planners[:first]
+                order += [Case(context, mbit, rtt, planner) for planner in turn]
+    return order
 
 
 def summary(rows: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """Medians and spread of every case, and predicted over real times of all loads (target S3)."""
-    cases = {
+    """Median and spread of every case."""
+    return {
         key: {
             **{name: done[0][name] for name in ("context", "link", "rtt_ms", "planner", "replan")},
             "ttft": statistics.median(row["ttft"] for row in done),
@@ -207,12 +286,6 @@ def summary(rows: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
         for key, done in rows.items()
         if done
     }
-    loads = [row["report"] for done in rows.values() for row in done if row.get("report", {}).get("predicted_seconds")]
-    errors = sorted(abs(load["predicted_seconds"] / load["seconds"] - 1) for load in loads)
-    prediction = None
-    if errors:
-        prediction = {"loads": len(errors), "median": statistics.median(errors), "p95": errors[int(0.95 * len(errors))]}
-    return {"cases": cases, "prediction_error": prediction}
 
 
 def document(tokenizer: Any, tokens: int) -> torch.Tensor:
@@ -221,37 +294,44 @@ def document(tokenizer: Any, tokens: int) -> torch.Tensor:
     return tokenizer(text, return_tensors="pt").input_ids[:, :tokens]
 
 
+def per_context(repeats: str, contexts: list[int]) -> list[int]:
+    """One number of repeats for each context, from one for all or a list.
+
+    Raises:
+        typer.BadParameter: there are neither one nor as many as contexts.
+    """
+    counts = [int(count) for count in repeats.split(",")]
+    if len(counts) not in (1, len(contexts)):
+        raise typer.BadParameter(f"--repeats {repeats}: give one number, or one for each of {len(contexts)} contexts.")
+    return counts if len(counts) == len(contexts) else counts * len(contexts)
+
+
 def main(
     json_path: Annotated[Path, typer.Option("--json", help="Where results go, and are taken up.")] = Path(
         "evals/results/sparkv.json"
     ),
-    contexts: Annotated[str, typer.Option(help="Prompt lengths in tokens.")] = "2048,8192",
+    contexts: Annotated[str, typer.Option(help="Prompt lengths in tokens, measured in this order.")] = "2048,8192",
     mbits: Annotated[str, typer.Option(help="Rates of the link.")] = "1,2,4,8,16,32,64",
     rtts: Annotated[str, typer.Option(help="Round trips in milliseconds.")] = "10,50",
-    planners: Annotated[str, typer.Option(help="What divides the work.")] = "local,stream,token_split,optimal",
-    codec: Annotated[str, typer.Option(help="How chunks are written.")] = "lossless",
+    planners: Annotated[
+        str, typer.Option(help="What divides the work; progressive is optimal with that codec.")
+    ] = "local,stream,token_split,optimal",
+    codec: Annotated[str, typer.Option(help="How chunks are written.")] = "balanced",
     links: Annotated[Path | None, typer.Option(help="Folder of recorded links, as JSON lists of steps.")] = None,
-    repeats: Annotated[int, typer.Option(help="Runs of every case.")] = 3,
+    repeats: Annotated[str, typer.Option(help="Runs of every case: one number, or one for each context.")] = "3",
 ) -> None:
     """Measure the time to the first token over shaped links, and over recorded ones with and without re-planning."""
     transformers_logging.set_verbosity_error()
-    model, tokenizer = kvsched.load_model()
     sizes = [int(size) for size in contexts.split(",")]
+    counts = per_context(repeats, sizes)
+    model, tokenizer = kvsched.load_model()
     bench = Bench(model, document(tokenizer, max(sizes)), codec, links, json_path)
-    cases = [
-        Case(context, mbit, float(rtt), planner)
-        for context in sizes
-        for mbit in mbits.split(",")
-        for rtt in rtts.split(",")
-        for planner in planners.split(",")
-        if planner != "local"
-    ]
-    cases = [Case(context, "none", 0.0, "local") for context in sizes if "local" in planners.split(",")] + cases
-    for log in sorted(links.glob("*.json")) if links else []:
-        if (start := steepest_drop(read_log(log))) is not None:
-            cases += [Case(min(sizes), f"{log.stem}@{start}", 20.0, "optimal", replan) for replan in (True, False)]
-    bench.run(cases, repeats)
-    typer.echo(json.dumps(summary(bench.rows)["prediction_error"]))
+    order = schedule(sizes, counts, mbits.split(","), [float(rtt) for rtt in rtts.split(",")], planners.split(","))
+    if links is not None:
+        # The longest context: its loads last long enough for a link to fall under way.
+        order += bench.recorded(max(sizes)) * counts[sizes.index(max(sizes))]
+    bench.run(order)
+    typer.echo(json.dumps(bench.verdicts(), indent=1))
     from .sparkv_plots import draw
 
     for picture in draw(json_path):

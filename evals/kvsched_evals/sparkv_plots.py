@@ -10,15 +10,19 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.lines import Line2D
 
-NAMES = {
-    "local": "local prefill",
-    "stream": "stream all",
-    "token_split": "token split (Strong Hybrid)",
-    "layer_split": "layer split",
-    "greedy": "greedy (paper)",
-    "optimal": "kvsched",
+LINES: dict[str, tuple[str, dict[str, Any]]] = {
+    "local": ("local prefill", {"color": "black", "linestyle": "--"}),
+    "stream": ("stream all", {"color": "tab:orange", "marker": "v"}),
+    "token_split": ("token split (Strong Hybrid)", {"color": "tab:green", "marker": "s"}),
+    "layer_split": ("layer split", {"color": "tab:brown", "marker": "D"}),
+    "greedy": ("greedy (paper)", {"color": "tab:purple", "marker": "^"}),
+    "optimal": ("kvsched", {"color": "tab:blue", "marker": "o", "linewidth": 2.5}),
+    "progressive": ("kvsched, progressive", {"color": "tab:red", "marker": "o", "linewidth": 2.5}),
 }
+ROUTES = {"computed": "tab:blue", "streamed": "tab:orange"}
 
 
 def draw(result: Path) -> list[Path]:
@@ -34,57 +38,92 @@ def draw(result: Path) -> list[Path]:
 
 
 def surface(measured: dict[str, Any]) -> Any:
-    """Time to first token against the link's rate, a panel for each context and round trip, a line for each planner."""
-    cases = [case for case in measured["summary"]["cases"].values() if "@" not in case["link"]]
-    shaped = [case for case in cases if case["link"] != "none"]
-    if not shaped:
+    """Time to first token against the link's rate: a panel for each context and round trip, a line for each planner.
+
+    A shade spans the slowest and the fastest run of each case.
+    """
+    cases = [case for case in measured["cases"].values() if "@" not in case["link"]]
+    if not cases:
         return None
-    contexts, rtts = (sorted({case[name] for case in shaped}) for name in ("context", "rtt_ms"))
+    contexts, rtts = (sorted({case[name] for case in cases}) for name in ("context", "rtt_ms"))
     figure, axes = plt.subplots(
-        len(contexts), len(rtts), figsize=(4.5 * len(rtts), 3.5 * len(contexts)), squeeze=False, sharex=True
+        len(contexts), len(rtts), figsize=(5 * len(rtts), 3.6 * len(contexts)), squeeze=False, sharex=True, sharey="row"
     )
+    planners = [name for name in LINES if any(case["planner"] == name for case in cases)]
     for row, context in enumerate(contexts):
         for column, rtt in enumerate(rtts):
             panel = axes[row][column]
-            for case in cases:
-                if case["planner"] == "local" and case["context"] == context:
-                    panel.axhline(case["ttft"], color="gray", linestyle="--", label=NAMES["local"])
-            here = [case for case in shaped if (case["context"], case["rtt_ms"]) == (context, rtt)]
-            for planner in [name for name in NAMES if any(case["planner"] == name for case in here)]:
-                line = sorted((float(case["link"]), case["ttft"]) for case in here if case["planner"] == planner)
-                panel.plot(*zip(*line, strict=True), marker="o", label=NAMES[planner])
+            here = [case for case in cases if (case["context"], case["rtt_ms"]) == (context, rtt)]
+            for planner in planners:
+                label, style = LINES[planner]
+                points = sorted(
+                    (float(one["link"]), one["ttft"], *one["spread"]) for one in here if one["planner"] == planner
+                )
+                if points:
+                    mbit, median, fastest, slowest = zip(*points, strict=True)
+                    panel.plot(mbit, median, label=label, markersize=4, **style)
+                    panel.fill_between(mbit, fastest, slowest, color=style["color"], alpha=0.15, linewidth=0)
             panel.set(xscale="log", yscale="log", title=f"{context} tokens, {rtt:g} ms round trip")
-            panel.set(xlabel="link, Mbit/s", ylabel="time to first token, s")
-            panel.grid(alpha=0.3, which="both")
-    axes[0][0].legend(fontsize="small")
+            rates = sorted({float(case["link"]) for case in cases})
+            panel.set_xticks(rates, [f"{rate:g}" for rate in rates])
+            panel.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+            panel.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
+            panel.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
+            panel.minorticks_off()
+            panel.grid(alpha=0.3)
+            if row == len(contexts) - 1:
+                panel.set_xlabel("link, Mbit/s")
+            if column == 0:
+                panel.set_ylabel("time to first token, s")
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=min(len(labels), 4))
     figure.tight_layout()
     return figure
 
 
 def timeline(measured: dict[str, Any]) -> Any:
-    """Which layer of which chunk came into place when, in the load that divided its work most evenly."""
-    loads = [
-        (row, row["report"])
-        for done in measured["rows"].values()
-        for row in done
-        if row["planner"] == "optimal" and row.get("report", {}).get("timeline")
-    ]
+    """What was computed and streamed when, in the load of each of our planners that both paths shared most evenly.
+
+    Left, when each layer of each chunk came into place; right, by which route.
+    """
+    loads = list(measured["timelines"].values())
     if not loads:
         return None
-
-    def evenness(load: tuple[dict[str, Any], dict[str, Any]]) -> float:
-        routes = [arrival[3] for arrival in load[1]["timeline"]]
-        return min(routes.count("computed"), routes.count("streamed")) / len(routes)
-
-    row, report = max(loads, key=evenness)
-    figure, panel = plt.subplots(figsize=(7, 4))
-    layers = 1 + max(arrival[2] for arrival in report["timeline"])
-    for route, colour in (("computed", "tab:blue"), ("streamed", "tab:orange")):
-        arrivals = [arrival for arrival in report["timeline"] if arrival[3] == route]
-        places = [arrival[1] + arrival[2] / layers for arrival in arrivals]
-        panel.scatter([arrival[0] for arrival in arrivals], places, s=6, color=colour, label=route)
-    panel.set(xlabel="seconds", ylabel="token chunk (and layer within it)")
-    panel.set_title(f"{row['context']} tokens, link {row['link']} Mbit/s: {row['ttft']:.1f} s to the first token")
-    panel.legend()
-    panel.grid(alpha=0.3)
+    figure, axes = plt.subplots(
+        len(loads), 2, figsize=(11, 4.2 * len(loads)), squeeze=False, width_ratios=(1.7, 1), layout="constrained"
+    )
+    for load, (when, where) in zip(loads, axes, strict=True):
+        arrivals = [line.split() for line in load["arrivals"]]
+        seconds = np.array([float(arrival[0]) for arrival in arrivals])
+        chunk, layer = (np.array([int(arrival[at]) for arrival in arrivals]) for at in (1, 2))
+        routes = np.array([arrival[3] for arrival in arrivals])
+        layers = 1 + layer.max()
+        staircase = np.full((layers, 1 + chunk.max()), np.nan)
+        for index, (route, colour) in enumerate(ROUTES.items()):
+            of = routes == route
+            when.scatter(seconds[of], chunk[of] + layer[of] / layers, s=7, color=colour, linewidths=0, label=route)
+            staircase[layer[of], chunk[of]] = index
+        when.axvline(load["ttft"], color="black", linestyle=":", label="first token")
+        when.set(xlabel="seconds since the load began", ylabel="token chunk, its layers from bottom to top")
+        when.set_title(
+            f"{LINES[load['planner']][0]}: {load['context']} tokens, {load['link']} Mbit/s, {load['rtt_ms']:g} ms"
+        )
+        when.grid(alpha=0.3)
+        when.legend(loc="center left", framealpha=1)
+        where.imshow(
+            staircase,
+            origin="lower",
+            aspect="auto",
+            cmap=matplotlib.colors.ListedColormap(list(ROUTES.values())),
+            vmin=0,
+            vmax=1,
+            interpolation="nearest",
+        )
+        where.set(xlabel="token chunk", ylabel="layer", title="by which route it came")
+        where.legend(
+            handles=[
+                Line2D([], [], marker="s", linestyle="", color=colour, label=route) for route, colour in ROUTES.items()
+            ],
+            loc="upper right",
+        )
     return figure
