@@ -331,7 +331,8 @@ def main(
         # The longest context: its loads last long enough for a link to fall under way.
         order += bench.recorded(max(sizes)) * counts[sizes.index(max(sizes))]
     bench.run(order)
-    typer.echo(json.dumps(bench.verdicts(), indent=1))
+    for target, verdict in bench.verdicts().items():
+        typer.echo(f"{target}: {json.dumps(verdict['met'] if target == 'S7' else verdict)}")  # the rest is long
     from .sparkv_plots import draw
 
     for picture in draw(json_path):

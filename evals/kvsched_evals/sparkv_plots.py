@@ -105,9 +105,9 @@ def timeline(measured: dict[str, Any]) -> Any:
             staircase[layer[of], chunk[of]] = index
         when.axvline(load["ttft"], color="black", linestyle=":", label="first token")
         when.set(xlabel="seconds since the load began", ylabel="token chunk, its layers from bottom to top")
-        when.set_title(
-            f"{LINES[load['planner']][0]}: {load['context']} tokens, {load['link']} Mbit/s, {load['rtt_ms']:g} ms"
-        )
+        link = f"{load['link']} Mbit/s, {load['rtt_ms']:g} ms round trip"
+        when.set_title(f"{LINES[load['planner']][0]}: {load['context']} tokens, {link}")
+        when.yaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True, min_n_ticks=1))
         when.grid(alpha=0.3)
         when.legend(loc="center left", framealpha=1)
         where.imshow(
