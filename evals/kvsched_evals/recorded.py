@@ -60,9 +60,10 @@ class Recording:
         """Where to begin a load so that the link falls soon after, and to which share of its rate it falls.
 
         A load on which both paths work all the time takes `1 / (1 / compute_seconds + known / megabits)` seconds at the
-        known rate. Of all steps at which such a load would stream at least a quarter of its bytes, the one is taken
-        where the link's mean over the last three quarters of that time is the smallest share of what it was before:
-        of the known rate or of the first quarter's, whichever is less. `None` where that is never half or less.
+        known rate. Of all steps at which such a load would stream at least a quarter of its bytes, and finds the known
+        rate at first, or half of it, the one is taken where the link's mean over the last three quarters of that time
+        is the smallest share of what it was before: of the known rate or of the first quarter's, whichever is less.
+        `None` where that is never half or less.
 
         Args:
             compute_seconds: to compute the whole context.
@@ -75,8 +76,10 @@ class Recording:
             if known * seconds < STREAMED * megabits or begin + seconds > self.seconds.sum():
                 continue
             turn = begin + EARLY * seconds
-            before = min(known, self.mean(begin, turn))
-            share = self.mean(turn, begin + seconds) / before if before > 0 else 1.0
+            at_first = self.mean(begin, turn)
+            if at_first < DROP * known:  # it has fallen already
+                continue
+            share = self.mean(turn, begin + seconds) / min(known, at_first)
             if share <= (best[1] if best else DROP):
                 best = step, share
         return best

@@ -46,6 +46,10 @@ def test_a_load_is_begun_a_quarter_of_its_time_before_the_steepest_drop() -> Non
     # At 15 Mbit/s both paths together take 16 s, so the load begins 4 s before the drop.
     assert log.before_drop(compute_seconds=32.0, megabits=480.0) == (56, pytest.approx(2 / 15))
     assert recording(*[20.0] * 90).before_drop(32.0, 480.0) is None
+    for fallen in (9.0, 0.0):  # a load that begins later finds the drop behind it, however deep it is for a while
+        log = recording(*[20.0] * 40, fallen, *[0.1] * 3, *[20.0] * 60)
+        found = log.before_drop(8.0, 160.0)  # four seconds
+        assert found is not None and found[0] < 40
     assert recording(*[20.0] * 5, 1.0).before_drop(32.0, 480.0) is None, "the log is shorter than the load"
 
 
