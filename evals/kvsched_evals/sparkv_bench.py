@@ -210,12 +210,16 @@ class Bench:
         with tempfile.TemporaryDirectory() as folder:  # a dry run computes one chunk, to know its size
             config = {"codec": self.codec, "chunk_tokens": CHUNK_TOKENS}
             size = kvsched.publish(self.model, self.ids[:, :context], folder, config, dry_run=True).bytes_written
-        cases = []
+        known: dict[Case, float] = {}
         for log in sorted(self.logs.glob("*.json")):
-            if found := Recording.read(log).before_drop(sum(self._compute_seconds(context)), size * 8e-6):
+            recording = Recording.read(log)
+            if found := recording.before_drop(sum(self._compute_seconds(context)), size * 8e-6):
                 link, falls_to = f"{log.stem}@{found[0]}", round(found[1], 3)
-                cases += [Case(context, link, RECORDED_RTT_MS, "optimal", replan, falls_to) for replan in (True, False)]
-        return cases
+                for replan in (True, False):
+                    case = Case(context, link, RECORDED_RTT_MS, "optimal", replan, falls_to)
+                    known[case] = recording.known(found[0])
+        # Slow links last: a plan that is kept takes minutes on them.
+        return sorted(known, key=lambda case: -known[case])
 
     def _count_round_trips(self, folder: Path, context: int) -> dict[str, dict[str, int]]:
         """Round trips and requests before bytes flow, for a prompt that is published and for one that is not."""
