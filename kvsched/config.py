@@ -153,7 +153,7 @@ class SparKVConfig(CacheConfig):
     """
 
     store: str | os.PathLike[str] | None = None
-    codec: Literal["lossless", "int8", "balanced", "small"] = "balanced"
+    codec: Literal["lossless", "int8", "balanced", "small", "progressive"] = "balanced"
     chunk_tokens: int = 256
     planner: Literal["optimal", "greedy", "local", "stream", "token_split", "layer_split"] = "optimal"
     device: str | os.PathLike[str] | None = None

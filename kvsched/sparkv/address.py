@@ -64,6 +64,15 @@ def _summary(tensor: torch.Tensor) -> bytes:
     return total.to_bytes(8, "little", signed=True) + sample.numpy().tobytes() + raw[whole:].numpy().tobytes()
 
 
+def refinement_address(address: str, header_sha256: str) -> str:
+    """The address of a chunk's refinement, as hard to guess as `address` itself.
+
+    It depends on the header of the object that it refines, and so on every byte of that: residuals are never added to
+    what another publisher rounded differently.
+    """
+    return hashlib.sha256(f"{address} {header_sha256} refinement".encode()).hexdigest()
+
+
 def derive_key(tenant_secret: str | None, purpose: Literal["address", "manifest"]) -> bytes:
     """The key for one purpose, 32 bytes: HMAC-SHA256 of the purpose under the secret; empty without a secret.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from .address import Prefix
 from .forward import PrefixCache
 from .loader import Loader, LoadResult
 from .manifest import find
+from .refine import Refiner
 from .store import Store
 from .stream import Arrival
 
@@ -43,12 +45,15 @@ class SparKVReport:
         seconds: wall time of the load; under `generate()` with the model's own pass over the rest of the prompt, which
             overlaps with it.
         predicted_seconds: what the first plan made with a known goodput promised.
-        compute_seconds: time spent computing.
+        compute_seconds: time in which the caller's thread computed; the rest it waited for the stream.
         stream_seconds: time until the last streamed byte.
         goodput: bytes a second of the link at the end.
         plans: how often the division was planned anew and changed.
+        joules: energy of the load by the power profile that the options name; `None` if they name none.
         timeline: which layer of which chunk came into place when, computed or streamed.
-        fallback: why something was computed that could have been streamed; `None` if nothing was.
+        coarse: with `progressive`, layers of chunks whose residuals have not come so far.
+        bytes_refined: with `progressive`, bytes that came after the load to refine it.
+        fallback: why something was computed that could have been streamed, or stays coarse; `None` if nothing.
     """
 
     prompt_tokens: int = 0
@@ -60,8 +65,11 @@ class SparKVReport:
     compute_seconds: float = 0.0
     stream_seconds: float = 0.0
     goodput: float | None = None
+    joules: float | None = None
     plans: int = 0
     timeline: tuple[Arrival, ...] = field(default=(), repr=False)
+    coarse: int = 0
+    bytes_refined: int = 0
     fallback: str | None = None
 
 
@@ -77,7 +85,8 @@ class SparKVCache(DynamicCache):
     model(input_ids[:, cache.get_seq_length():], past_key_values=cache)
     ```
 
-    After loading it is a DynamicCache in every respect.
+    After loading it is a DynamicCache in every respect. With the `progressive` codec it is a coarse one at first, whose
+    layers become finer while decoding goes on; `refine()` waits for that.
 
     Args:
         config: the model's configuration.
@@ -100,11 +109,16 @@ class SparKVCache(DynamicCache):
         PrefixCache(config, 0)  # refuses a model that cannot be loaded now, not when its first prompt comes
         self._report = SparKVReport()
         self._taking: _Taking | None = None
+        self._refiner: Refiner | None = None
+        self._refinable = 0
         super().__init__(config=config)
 
     def report(self) -> SparKVReport:
         """The numbers of the last load."""
-        return self._report
+        if (refiner := self._refiner) is None:
+            return self._report
+        fallback = refiner.failure or self._report.fallback
+        return replace(self._report, coarse=refiner.coarse, bytes_refined=refiner.bytes_streamed, fallback=fallback)
 
     def load(
         self, model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
@@ -188,6 +202,7 @@ class SparKVCache(DynamicCache):
         finally:
             self._taking = None
         self._note(loader.result())
+        self._start_refining(loader)
 
     def _take(self, layer: int) -> None:
         """Wait for a layer of the prefix and hand it to the layer that transformers uses."""
@@ -202,10 +217,54 @@ class SparKVCache(DynamicCache):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As in DynamicCache; while a prefix is loading, waits for this layer of it."""
+        """As in DynamicCache; waits for this layer if it is loading, and takes over what has come to refine it."""
         if self._taking is not None:
             self._take(layer_idx)
+        if self._refiner is not None:
+            self._take_refined(layer_idx)
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def refine(self) -> SparKVReport:
+        """Wait until a prefix that was loaded coarsely (`progressive`) is as fine as it was published.
+
+        The report's `fallback` says so where it cannot be, as when the link has died.
+        """
+        if self._refiner is not None:
+            self._refiner.wait()
+            for layer in range(len(self.layers)):
+                self._take_refined(layer)
+        return self.report()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """As in DynamicCache."""
+        super().crop(tokens_to_remove)
+        self._refinable = min(self._refinable, self.get_seq_length())
+
+    def reset(self) -> None:
+        """As in DynamicCache; what is still being streamed is given up."""
+        if self._refiner is not None:
+            self._refiner.close()
+            self._refiner = None
+        super().reset()
+
+    def _start_refining(self, loader: Loader) -> None:
+        self._refiner, self._refinable = loader.refiner(), loader.grid.tokens
+        if self._refiner is not None:
+            weakref.finalize(self, self._refiner.close)
+            self._refiner.start()
+
+    @torch.inference_mode()
+    def _take_refined(self, index: int) -> None:
+        """Put what has come in the place of what was coarse; all rows of the batch begin with the same tokens."""
+        assert self._refiner is not None
+        layer = self.layers[index]
+        first = layer.cumulative_length - layer.keys.shape[2] if layer.is_sliding else 0
+        for start, keys, values in self._refiner.take(index):
+            begin, end = max(start, first), min(start + keys.shape[1], self._refinable)
+            if begin < end:
+                held, come = slice(begin - first, end - first), slice(begin - start, end - start)
+                layer.keys[:, :, held] = keys[:, come].to(layer.keys)
+                layer.values[:, :, held] = values[:, come].to(layer.values)
 
     def _load_rows(self, model: PreTrainedModel, prompts: _Prompts, loaders: list[Loader | None]) -> None:
         """Different or padded prompts: one after the other, up to the column that the longest prefix reaches.
@@ -221,10 +280,11 @@ class SparKVCache(DynamicCache):
                     loader.compute()
                     for layer in range(len(self.layers)):
                         loader.complete(layer)
+                self._note(loader.result())
+                self._refine_now(loader)
                 loaded = loader.grid.tokens
                 for layer, source in zip(row.layers, loader.cache.layers, strict=True):
                     layer.write(0, source.keys, source.values)
-                self._note(loader.result())
             if loaded < columns - pad:
                 row.compute(model, ids[None, loaded : columns - pad], loaded)
             rows.append(row)
@@ -234,6 +294,25 @@ class SparKVCache(DynamicCache):
                 for name in ("keys", "values")
             )
             _install(layer, keys, values)
+
+    def _refine_now(self, loader: Loader) -> None:
+        """Of one prompt among several the residuals come before the next prompt is loaded."""
+        if (refiner := loader.refiner()) is None:
+            return
+        refiner.start()
+        try:
+            refiner.wait()
+        finally:
+            refiner.close()
+        for index, layer in enumerate(loader.cache.layers):
+            for start, keys, values in refiner.take(index):
+                layer.write(start, keys[None].to(layer.keys), values[None].to(layer.values))
+        self._report = replace(
+            self._report,
+            coarse=self._report.coarse + refiner.coarse,
+            bytes_refined=self._report.bytes_refined + refiner.bytes_streamed,
+            fallback=refiner.failure or self._report.fallback,
+        )
 
     def _fall_back(self, reason: str) -> None:
         logger.warning("the prompt is computed, not loaded: %s", reason)
@@ -255,6 +334,7 @@ class SparKVCache(DynamicCache):
             compute_seconds=report.compute_seconds + result.compute_seconds,
             stream_seconds=report.stream_seconds + result.stream_seconds,
             goodput=result.goodput,
+            joules=None if result.joules is None else result.joules + (report.joules or 0.0),
             plans=report.plans + result.plans,
             timeline=report.timeline + result.timeline,
             fallback=result.fallback or report.fallback,

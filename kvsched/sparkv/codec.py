@@ -7,12 +7,15 @@ wants them, since streaming comes down from the top layer to meet computing, whi
 
 The header holds version, codec, dtype, position, tokens, and for each layer its shapes, its payload's length and
 SHA-256, so that decoding can start with any layer and nothing is taken on trust.
+
+With `progressive` a chunk has a second object of the same form, its refinement, whose payloads are the residuals.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
@@ -82,7 +85,7 @@ class Lossless:
         return torch.from_numpy(raw).view(-1).view(dtype).reshape(shape)
 
 
-CodecName = Literal["lossless", "int8", "balanced", "small"]
+CodecName = Literal["lossless", "int8", "balanced", "small", "progressive"]
 
 # Numbers from outside are bounded before anything is allocated for them.
 Count = Annotated[int, Field(strict=True, ge=1, le=1 << 24)]
@@ -110,7 +113,7 @@ class ChunkHeader:
     """What a chunk object says of itself; `layers` in the order of their payloads, last layer first."""
 
     version: Literal[1]  # LAYOUT_VERSION
-    codec: CodecName
+    codec: Literal[CodecName, "refinement"]
     calibration: Digest | None  # whose steps the numbers were rounded to; reading them does not take it
     dtype: Literal["float32", "float16", "bfloat16"]
     position: Size
@@ -140,6 +143,9 @@ class ChunkHeader:
 _HEADER = TypeAdapter(ChunkHeader)
 
 
+_CALIBRATED = ("balanced", "small", "progressive")
+
+
 class Coder:
     """Writes and reads the chunk objects of one model with one codec.
 
@@ -154,7 +160,7 @@ class Coder:
         self, codec: CodecName, dtype: torch.dtype, rotation: Rotation, calibration: Calibration | None = None
     ) -> None:
         self.codec, self.dtype = codec, dtype
-        self.calibration = calibration if codec in ("balanced", "small") else None
+        self.calibration = calibration if codec in _CALIBRATED else None
         self._codec: Codec = Lossless() if codec == "lossless" else Quantized(codec, rotation, self.calibration)
 
     @classmethod
@@ -165,7 +171,7 @@ class Coder:
             ChunkError: the calibration is another model's.
         """
         shapes = kv_shapes(model.config)
-        if codec in ("balanced", "small"):
+        if codec in _CALIBRATED:
             calibration = calibration or Calibration.find(fingerprint(model))
             if calibration is not None:
                 calibration.check(fingerprint(model), shapes)
@@ -181,19 +187,34 @@ class Coder:
         Raises:
             InputError: a quantising codec was given numbers that are not finite.
         """
+        return self._object(self.codec, position, layers, self._codec.encode)
+
+    def encode_refinement(
+        self, position: int, layers: list[tuple[torch.Tensor, torch.Tensor]]
+    ) -> tuple[ChunkHeader, bytes] | None:
+        """The chunk's second object, or `None` where the codec has none; arguments as in `encode`."""
+        if not isinstance(self._codec, Quantized) or self.codec != "progressive":
+            return None
+        return self._object("refinement", position, layers, self._codec.encode_residual)
+
+    def _object(
+        self,
+        name: Literal[CodecName, "refinement"],
+        position: int,
+        layers: list[tuple[torch.Tensor, torch.Tensor]],
+        encode: Callable[[torch.Tensor, Place], bytes],
+    ) -> tuple[ChunkHeader, bytes]:
         entries, payloads = [], []
         for index, (keys, values) in reversed(list(enumerate(layers))):
-            key_bytes = self._codec.encode(keys, Place(index, "keys", position))
-            value_bytes = self._codec.encode(values, Place(index, "values", position))
-            payload = key_bytes + value_bytes
+            key_bytes = encode(keys, Place(index, "keys", position))
+            payload = key_bytes + encode(values, Place(index, "values", position))
             digest = hashlib.sha256(payload).hexdigest()
             entries.append(LayerEntry(index, _shape(keys), _shape(values), len(key_bytes), len(payload), digest))
             payloads.append(payload)
-        name: Any = str(self.dtype).removeprefix("torch.")
-        calibration_id = self.calibration.id if self.calibration else None
-        header = ChunkHeader(
-            LAYOUT_VERSION, self.codec, calibration_id, name, position, layers[0][0].shape[1], tuple(entries)
-        )
+        dtype: Any = str(self.dtype).removeprefix("torch.")
+        calibration = self.calibration.id if self.calibration else None
+        tokens = layers[0][0].shape[1]
+        header = ChunkHeader(LAYOUT_VERSION, name, calibration, dtype, position, tokens, tuple(entries))
         return header, b"".join([header.to_bytes(), *payloads])
 
     def decode(self, header: ChunkHeader, entry: LayerEntry, payload: bytes) -> tuple[torch.Tensor, torch.Tensor]:
@@ -202,15 +223,47 @@ class Coder:
         Raises:
             ChunkError: the payload is truncated, altered or not what `entry` says, or was written by another codec.
         """
-        if (header.codec, _DTYPES[header.dtype]) != (self.codec, self.dtype):
+        key_bytes, value_bytes = self._parts(self.codec, header, entry, payload)
+        places = Place(entry.layer, "keys", header.position), Place(entry.layer, "values", header.position)
+        keys = self._codec.decode(key_bytes, entry.keys, self.dtype, places[0])
+        return keys, self._codec.decode(value_bytes, entry.values, self.dtype, places[1])
+
+    def refine(
+        self, header: ChunkHeader, entry: LayerEntry, payload: bytes, base: Base
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Like `decode`, for a layer of a refinement and the base that it refines.
+
+        Raises:
+            ChunkError: as in `decode`, or the codec has no refinements.
+        """
+        if not isinstance(self._codec, Quantized):
+            raise ChunkError(f"{self.codec} chunks have no refinement")
+        bases = self._parts(self.codec, base.header, base.entry, base.payload)
+        residuals = self._parts("refinement", header, entry, payload)
+        found = []
+        for part, shape, data, residual in zip(
+            ("keys", "values"), (entry.keys, entry.values), bases, residuals, strict=True
+        ):
+            place = Place(entry.layer, part, header.position)  # type: ignore[arg-type]
+            found.append(self._codec.decode(data, shape, self.dtype, place, residual))
+        return found[0], found[1]
+
+    def _parts(self, codec: str, header: ChunkHeader, entry: LayerEntry, payload: bytes) -> tuple[bytes, bytes]:
+        """The bytes of the keys and those of the values, once checked."""
+        if (header.codec, _DTYPES[header.dtype]) != (codec, self.dtype):
             raise ChunkError(f"the chunk at token {header.position} was written by another codec or in another dtype")
         if len(payload) != entry.length or hashlib.sha256(payload).hexdigest() != entry.sha256:
             raise ChunkError(f"layer {entry.layer} of the chunk at token {header.position} is truncated or altered")
-        parts = payload[: entry.key_bytes], payload[entry.key_bytes :]
-        keys = self._codec.decode(parts[0], entry.keys, self.dtype, Place(entry.layer, "keys", header.position))
-        return keys, self._codec.decode(
-            parts[1], entry.values, self.dtype, Place(entry.layer, "values", header.position)
-        )
+        return payload[: entry.key_bytes], payload[entry.key_bytes :]
+
+
+@dataclass(frozen=True)
+class Base:
+    """A layer of a `progressive` chunk as it came, until its refinement comes too."""
+
+    header: ChunkHeader
+    entry: LayerEntry
+    payload: bytes
 
 
 def _shape(tensor: torch.Tensor) -> tuple[int, int, int]:

@@ -68,9 +68,9 @@ def collect(
     used: dict[str, datetime] = {}
     depth: dict[str, int] = {}
     for address, manifest in manifests.items():
-        for index, chunk in enumerate(manifest.chunks):
+        for index, chunk in enumerate(manifest.objects):
             used[chunk.address] = max(used.get(chunk.address, listed[address].modified), listed[address].modified)
-            depth[chunk.address] = index
+            depth[chunk.address] = index % len(manifest.chunks)
 
     # Oldest first, and of equal age the deepest first: what is left is always whole from its beginning.
     order = sorted(used, key=lambda address: (used[address], -depth[address]))
@@ -94,7 +94,7 @@ def collect(
         # What was published meanwhile may need chunks that were about to go.
         relisted = _by_address(store.list_objects("manifests"))
         staying |= _read(store, {address: relisted[address] for address in relisted.keys() - staying.keys()})
-    kept = {chunk.address for manifest in staying.values() for chunk in manifest.chunks}
+    kept = {chunk.address for manifest in staying.values() for chunk in manifest.objects}
     orphans = [
         address
         for address, found in chunks.items()

@@ -21,11 +21,12 @@ from ..config import SparKVConfig
 from ..errors import ChunkError
 from .codec import ChunkHeader, Coder
 from .cost import ComputeRate, DeviceProfile, LinkRate
-from .energy import objective_of
+from .energy import PowerProfile, objective_of
 from .forward import PrefixCache, kv_shapes
 from .grid import Grid
 from .manifest import Manifest
 from .plan import PLANNERS, makespan, totals
+from .refine import KeepingCoder, Refiner
 from .store import Store
 from .stream import Arrival, Progress, Streamer
 
@@ -42,8 +43,9 @@ _MIN_PATIENCE = 1.0  # seconds; what a sound link may well be silent for
 class LoadResult:
     """A loaded prefix and the numbers of its loading.
 
-    `depths` are layers computed of each chunk; the rest of each chunk was streamed. Seconds are wall time.
-    `predicted_seconds` is what the first plan made with a measured or remembered goodput promised.
+    `depths` are layers computed of each chunk; the rest of each chunk was streamed. Seconds are wall time;
+    `compute_seconds` those in which the caller's thread did not wait for the stream. `predicted_seconds` is what the
+    first plan made with a measured or remembered goodput promised.
     """
 
     cache: PrefixCache
@@ -54,6 +56,7 @@ class LoadResult:
     predicted_seconds: float | None
     bytes_streamed: int
     goodput: float | None
+    joules: float | None
     plans: int
     timeline: tuple[Arrival, ...]
     fallback: str | None
@@ -100,11 +103,19 @@ class Loader:
         self.layer_bytes = np.array([chunk.payload_bytes[::-1] for chunk in manifest.chunks], dtype=float)
         self.compute_rate, self.link_rate = ComputeRate(), LinkRate(goodput)
         self.progress = Progress(self.grid)
-        coder = Coder.of(model, config.codec)
+        self.store, coder = store, Coder.of(model, config.codec)
+        self._keeping = KeepingCoder(coder) if manifest.refinements else None
         self.streamer = Streamer(
-            store, manifest, coder, self.progress, self.link_rate, self._patience, self._check, self._deliver
+            store,
+            manifest,
+            self._keeping or coder,
+            self.progress,
+            self.link_rate,
+            self._patience,
+            self._check,
+            self._deliver,
         )
-        self.plans, self.compute_seconds = 0, 0.0
+        self.plans, self._waited = 0, 0.0
         self.predicted_seconds: float | None = None
         self._begin = self._end = self._planned_at = time.monotonic()
 
@@ -137,7 +148,9 @@ class Loader:
                     progress.link_error is not None or chunk in progress.damaged or progress.next_to_stream() is None
                 )
                 if not stranded and not self._computing_is_quicker(chunk, missing):
+                    begin = time.monotonic()
                     progress.changed.wait(timeout=_REPLAN_SECONDS)
+                    self._waited += time.monotonic() - begin
                     continue
                 # Every chunk before this one is complete, so it can be computed to any depth. What is on its way of it
                 # is cut by the higher target.
@@ -147,19 +160,33 @@ class Loader:
 
     def result(self) -> LoadResult:
         """The prefix and the numbers of its loading."""
+        seconds = self._end - self._begin
+        computing, streaming = seconds - self._waited, self.streamer.seconds
+        joules = None
+        if self.config.device is not None:
+            power = PowerProfile.load(self.config.device)
+            joules = power.joules(self.config.radio, computing, streaming, seconds)
         return LoadResult(
             cache=self.cache,
             depths=tuple(self.progress.computed.tolist()),
-            seconds=self._end - self._begin,
-            compute_seconds=self.compute_seconds,
-            stream_seconds=self.streamer.seconds,
+            seconds=seconds,
+            compute_seconds=computing,
+            stream_seconds=streaming,
             predicted_seconds=self.predicted_seconds,
             bytes_streamed=self.streamer.bytes_streamed,
             goodput=self.link_rate.goodput(time.monotonic()),
+            joules=joules,
             plans=self.plans,
             timeline=tuple(self.progress.timeline),
             fallback=self._fallback(),
         )
+
+    def refiner(self) -> Refiner | None:
+        """What makes the loaded prefix as fine as it was published; `None` if it is already."""
+        if self._keeping is None or not self._keeping.bases:
+            return None
+        timeout = self.config.stall_timeout
+        return Refiner(self.store, self.manifest, self.grid, self._keeping, self._check, timeout)
 
     def _plan_if_due(self, chunk: int, layers_done: int) -> None:
         if time.monotonic() - self._planned_at >= _REPLAN_SECONDS and self.plans < _MAX_PLANS:
@@ -218,7 +245,7 @@ class Loader:
 
     def _compute_chunk(self, chunk: int, go_on: Callable[[int], bool]) -> None:
         """Compute a chunk's layers for as long as `go_on`, asked with the number of layers done, answers yes."""
-        begin = last = time.perf_counter()
+        last = time.perf_counter()
         table, span = self.compute_table[chunk], self.grid.span(chunk)
 
         def note(layer: int) -> bool:
@@ -230,7 +257,6 @@ class Loader:
             return go_on(layer + 1)
 
         self.cache.compute(self.model, self.token_ids[:, span], span.start, note)
-        self.compute_seconds += time.perf_counter() - begin
 
     def _computing_is_quicker(self, chunk: int, missing: np.ndarray) -> bool:
         """Whether the first incomplete chunk is better computed, from its first layer on, than waited for.

@@ -16,7 +16,7 @@ from typing import Annotated
 from pydantic import Field, TypeAdapter, ValidationError
 
 from ..errors import ChunkError
-from .address import Prefix
+from .address import Prefix, refinement_address
 from .codec import MAX_HEADER, Count, Digest, Size
 from .store import Store
 
@@ -44,13 +44,26 @@ class ChunkEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """A published prefix: the model's fingerprint, and its chunks from the first on; `signature` if a tenant signed."""
+    """A published prefix.
+
+    Args:
+        fingerprint: of the model.
+        chunks: from the first on.
+        refinements: with `progressive`, the second object of each chunk.
+        signature: if a tenant signed it.
+    """
 
     fingerprint: Digest
     codec: str
     chunk_tokens: Count
     chunks: tuple[ChunkEntry, ...]
+    refinements: tuple[ChunkEntry, ...] | None = None
     signature: Digest | None = None
+
+    @property
+    def objects(self) -> tuple[ChunkEntry, ...]:
+        """Every object that belongs to it."""
+        return self.chunks + (self.refinements or ())
 
     def to_bytes(self, key: bytes = b"") -> bytes:
         """The manifest as JSON, signed if there is a key (`Prefix.key`)."""
@@ -86,8 +99,12 @@ class Manifest:
             raise ChunkError("a manifest describes another model, codec or chunk size")
         if tuple(chunk.address for chunk in manifest.chunks) != prefix.addresses:
             raise ChunkError("a manifest describes other chunks")
+        refined = manifest.chunks if prefix.codec == "progressive" else ()
+        addresses = [refinement_address(chunk.address, chunk.header_sha256) for chunk in refined]
+        if [chunk.address for chunk in manifest.refinements or ()] != addresses:
+            raise ChunkError("a manifest describes other refinements")
         limits = prefix.payload_limits[::-1]  # last layer first, as the payloads lie
-        for chunk in manifest.chunks:
+        for chunk in manifest.objects:
             if len(chunk.payload_bytes) != len(limits):
                 raise ChunkError("a manifest describes chunks with another number of layers")
             if any(size > limit for size, limit in zip(chunk.payload_bytes, limits, strict=True)):

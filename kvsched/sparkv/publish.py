@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from ..config import SparKVConfig
 from ..errors import ChunkError, InputError
-from .address import Prefix
+from .address import Prefix, refinement_address
 from .codec import MAX_HEADER, ChunkHeader, Coder
 from .forward import PrefixCache, kv_shapes
 from .grid import Grid
@@ -96,7 +96,7 @@ def publish(
     prefix, coder = Prefix.of(model, config, input_ids[0]), Coder.of(model, config.codec)
     grid = Grid(len(prefix.addresses), config.chunk_tokens, len(prefix.payload_limits))
     published, has_manifest = _published(target, prefix)
-    entries = list(published.chunks)
+    entries, refinements = list(published.chunks), list(published.refinements or ())
     report = PublishReport(
         tokens=grid.tokens,
         chunks=grid.chunks,
@@ -108,7 +108,11 @@ def publish(
         seconds=0.0,
     )
     if dry_run:
-        size = _object_bytes(entries[-1]) if entries else _first_chunk_bytes(model, input_ids, coder, grid)
+        size = (
+            sum(map(_object_bytes, (entries[-1], *refinements[-1:])))
+            if entries
+            else _first_chunk_bytes(model, input_ids, coder, grid)
+        )
         estimate = report.chunks_written * size
         return replace(report, bytes_written=estimate, seconds=time.perf_counter() - begin)
 
@@ -122,12 +126,22 @@ def publish(
             span = grid.span(chunk)
             cache.compute(model, input_ids[:, span], span.start)
         if chunk >= len(published.chunks):
-            header, data = coder.encode(grid.span(chunk).start, _chunk(cache, grid.span(chunk)))
-            entry, written = _put_chunk(target, address, header, data)
-            entries.append(entry)
+            position, layers = grid.span(chunk).start, _chunk(cache, grid.span(chunk))
+            encoded = coder.encode(position, layers)
+            entry, written = _put_chunk(target, address, *encoded)
             chunks_written, bytes_written = chunks_written + bool(written), bytes_written + written
+            if (refinement := coder.encode_refinement(position, layers)) is not None:
+                entry, refined, written = _put_refinement(target, entry, encoded, refinement)
+                refinements.append(refined)
+                bytes_written += written
+            entries.append(entry)
         if chunk >= len(published.chunks) or not has_manifest[chunk]:
-            manifest = replace(published, chunks=tuple(entries[: chunk + 1])).to_bytes(prefix.key)
+            covered = replace(
+                published,
+                chunks=tuple(entries[: chunk + 1]),
+                refinements=tuple(refinements[: chunk + 1]) or None,
+            )
+            manifest = covered.to_bytes(prefix.key)
             target.put(manifest_path(address), manifest)
             bytes_written += len(manifest)
     seconds = time.perf_counter() - begin
@@ -201,7 +215,29 @@ def _object_bytes(entry: ChunkEntry) -> int:
 def _first_chunk_bytes(model: PreTrainedModel, input_ids: torch.Tensor, coder: Coder, grid: Grid) -> int:
     cache = PrefixCache(model.config, grid.chunk_tokens)
     cache.compute(model, input_ids[:, grid.span(0)], 0)
-    return len(coder.encode(0, _chunk(cache, grid.span(0)))[1])
+    layers = _chunk(cache, grid.span(0))
+    objects = coder.encode(0, layers), coder.encode_refinement(0, layers)
+    return sum(len(one[1]) for one in objects if one is not None)
+
+
+def _put_refinement(
+    store: Store, base: ChunkEntry, own_base: tuple[ChunkHeader, bytes], own: tuple[ChunkHeader, bytes]
+) -> tuple[ChunkEntry, ChunkEntry, int]:
+    """Put the refinement of the object `base` into the store, or keep the one that is there.
+
+    If `base` is somebody else's, who never came to refine it, both give way to ours: our residuals do not fit it.
+
+    Returns:
+        The entries of both objects that lie there now, and the bytes written.
+    """
+    own_entry, written = _entry(base.address, own_base[0], own_base[0].to_bytes()), 0
+    address = refinement_address(base.address, base.header_sha256)
+    if base != own_entry and not store.wait(store.exists([chunk_path(address)]))[0]:
+        store.put(chunk_path(base.address), own_base[1])
+        base, written = own_entry, len(own_base[1])
+        address = refinement_address(base.address, base.header_sha256)
+    entry, more = _put_chunk(store, address, *own)
+    return base, entry, written + more
 
 
 def _put_chunk(store: Store, address: str, header: ChunkHeader, data: bytes) -> tuple[ChunkEntry, int]:

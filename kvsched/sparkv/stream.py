@@ -9,12 +9,13 @@ import logging
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
+import torch
 
 from ..errors import ChunkError, StoreError
-from .codec import ChunkHeader, Coder
+from .codec import ChunkHeader, LayerEntry
 from .cost import LinkRate
 from .grid import Grid
 from .manifest import Manifest, chunk_path
@@ -98,6 +99,12 @@ class Progress:
         return None
 
 
+class Decoder(Protocol):
+    """Reads payloads: a `Coder`, or what stands for one."""
+
+    def decode(self, header: ChunkHeader, entry: LayerEntry, payload: bytes) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+
 class Streamer:
     """Streams a prefix from the back: last chunk first, in each chunk the last layer first, down to its target.
 
@@ -116,7 +123,7 @@ class Streamer:
         self,
         store: Store,
         manifest: Manifest,
-        coder: Coder,
+        coder: Decoder,
         progress: Progress,
         rate: LinkRate,
         patience: Callable[[], float],
@@ -132,13 +139,17 @@ class Streamer:
         self._wake, self._stop = _nothing, _nothing
 
     @contextlib.contextmanager
-    def running(self) -> Iterator[None]:
-        """Stream in the background for as long as the block runs; afterwards no thread and no connection is left."""
+    def running(self, once: bool = False) -> Iterator[None]:
+        """Stream in the background for as long as the block runs; afterwards no thread and no connection is left.
+
+        Args:
+            once: the plan will not change, so streaming ends when everything that it wants has come.
+        """
         started = threading.Event()
 
         async def main() -> None:
             loop, plan_changed = asyncio.get_running_loop(), asyncio.Event()
-            streaming = loop.create_task(self._stream(plan_changed))
+            streaming = loop.create_task(self._stream(plan_changed, once))
             self._wake = lambda: loop.call_soon_threadsafe(plan_changed.set)
             self._stop = lambda: loop.call_soon_threadsafe(streaming.cancel)
             started.set()
@@ -165,6 +176,8 @@ class Streamer:
             while thread.is_alive():
                 with contextlib.suppress(RuntimeError):  # raised when the loop has ended by itself
                     self._stop()
+                if thread is threading.current_thread():  # garbage is collected in any thread, this one too
+                    break
                 thread.join(timeout=0.1)
             self._wake, self._stop = _nothing, _nothing
 
@@ -173,7 +186,7 @@ class Streamer:
         with contextlib.suppress(RuntimeError):
             self._wake()
 
-    async def _stream(self, plan_changed: asyncio.Event) -> None:
+    async def _stream(self, plan_changed: asyncio.Event, once: bool) -> None:
         begin = self._last_arrival = time.monotonic()
         fetches: dict[asyncio.Task[None], int] = {}
         try:
@@ -186,6 +199,8 @@ class Streamer:
                     fetches[asyncio.create_task(self._fetch(*piece))] = piece[0]
                     continue
                 if not fetches:
+                    if once:
+                        return
                     self.rate.pause(time.monotonic())
                 waker = asyncio.create_task(plan_changed.wait())
                 await asyncio.wait({waker, *fetches}, return_when=asyncio.FIRST_COMPLETED)
@@ -198,7 +213,7 @@ class Streamer:
                         self._refuse(chunk, error)
                     self.seconds = time.monotonic() - begin
         except StoreError as error:
-            logger.warning("streaming has stopped, the rest is computed: %s", error)
+            logger.warning("streaming has stopped: %s", error)
             self._give_up(error)
         finally:
             left = [*fetches, *self._headers.values()]
@@ -207,7 +222,7 @@ class Streamer:
             await asyncio.gather(*left, return_exceptions=True)
 
     def _refuse(self, chunk: int, error: ChunkError) -> None:
-        logger.warning("a published chunk is refused and will be computed: %s", error)
+        logger.warning("a published chunk is refused: %s", error)
         with self.progress.changed:
             self.progress.damaged.add(chunk)
             self.progress.changed.notify_all()

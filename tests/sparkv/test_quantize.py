@@ -16,10 +16,10 @@ from kvsched.errors import ChunkError, InputError
 from kvsched.sparkv.calibration import SINKS
 from kvsched.sparkv.codec import Coder
 from kvsched.sparkv.entropy import Zstd
-from kvsched.sparkv.quantize import Place, Quantized, dequantize, quantize
+from kvsched.sparkv.quantize import COARSE, FINE_LAYERS, Place, Quantized, Symbols, dequantize
 from kvsched.sparkv.rope import Rotation
 
-CODECS = st.sampled_from(["int8", "balanced", "small"])
+CODECS = st.sampled_from(["int8", "balanced", "small", "progressive"])
 DTYPES = st.sampled_from([torch.float32, torch.float16, torch.bfloat16])
 ROTATION = Rotation([(1.0, 0.1, 0.01, 0.001)] * 2)
 EPSILON = {torch.float32: 2**-23, torch.float16: 2**-10, torch.bfloat16: 2**-7}
@@ -36,7 +36,7 @@ def noise(*shape: int, seed: int = 0) -> torch.Tensor:
 def test_the_error_is_at_most_half_a_step(rows: int, count: int, seed: int, step: float) -> None:
     numbers = noise(1, rows, count, seed=seed)[0]
     steps = torch.full((rows, 1), step)
-    back = dequantize(quantize(numbers, steps, Zstd()), (rows, count), Zstd())
+    back = dequantize(Symbols.of(numbers, steps).to_bytes(Zstd()), (rows, count), Zstd())
     error = (back.double() - numbers.double()).abs()
     assert bool((error <= step * 0.505 + numbers.double().abs() * 2**-22).all())
 
@@ -44,7 +44,7 @@ def test_the_error_is_at_most_half_a_step(rows: int, count: int, seed: int, step
 @given(st.integers(2, 30), st.integers(0, 9))
 def test_a_multiple_of_the_step_nearest_to_the_number_comes_back(count: int, seed: int) -> None:
     numbers, steps = noise(1, 4, count, seed=seed)[0], torch.tensor([[0.5], [0.25], [2.0], [1.0]])
-    back = dequantize(quantize(numbers, steps, Zstd()), (4, count), Zstd())
+    back = dequantize(Symbols.of(numbers, steps).to_bytes(Zstd()), (4, count), Zstd())
     multiples = np.rint(numbers.double().numpy() / steps.double().numpy())
     near = np.abs(multiples - np.rint(multiples.mean(1, keepdims=True))) < 126
     assert np.array_equal(back.double().numpy()[near], (multiples * steps.double().numpy())[near])
@@ -54,7 +54,7 @@ def test_what_lies_far_out_is_kept_exactly() -> None:
     numbers = torch.zeros(3, 50)
     numbers[1, 7], numbers[2, 9] = 12345.678, -0.3e20
     steps = torch.full((3, 1), 0.125)
-    assert torch.equal(dequantize(quantize(numbers, steps, Zstd()), (3, 50), Zstd()), numbers)
+    assert torch.equal(dequantize(Symbols.of(numbers, steps).to_bytes(Zstd()), (3, 50), Zstd()), numbers)
 
 
 @given(CODECS, DTYPES, st.integers(1, 3), st.integers(1, 40), st.sampled_from([8, 10]), st.integers(0, 70))
@@ -151,3 +151,45 @@ def test_every_process_writes_the_same_bytes() -> None:
     assert len(set(runs[0].split())) == 3 and all(
         len(line) == hashlib.sha256().digest_size * 2 for line in runs[0].split()
     )
+
+
+@given(DTYPES, st.integers(1, 3), st.integers(1, 40), st.integers(0, 70), st.integers(0, 9))
+def test_base_and_residual_give_the_bits_of_balanced(
+    dtype: torch.dtype, heads: int, tokens: int, position: int, seed: int
+) -> None:
+    rotation = Rotation([(1.0, 0.1, 0.01, 0.001)] * (FINE_LAYERS + 1))
+    balanced, progressive = (Quantized(codec, rotation, None) for codec in ("balanced", "progressive"))
+    for layer in range(FINE_LAYERS + 1):
+        for part in ("keys", "values"):
+            place, tensor = Place(layer, part, position), noise(heads, tokens, 8, seed=seed).to(dtype)
+            expected = balanced.decode(balanced.encode(tensor, place), (heads, tokens, 8), dtype, place)
+            base, residual = progressive.encode(tensor, place), progressive.encode_residual(tensor, place)
+            assert torch.equal(progressive.decode(base, (heads, tokens, 8), dtype, place, residual), expected)
+            if layer < FINE_LAYERS:
+                assert residual == b"" and torch.equal(
+                    progressive.decode(base, (heads, tokens, 8), dtype, place), expected
+                )
+
+
+def test_a_base_is_off_by_a_coarse_step_at_most() -> None:
+    rows, steps = noise(1, 6, 200)[0], torch.full((6, 1), 0.25)
+    symbols = Symbols.of(rows, steps)
+    fine = dequantize(symbols.to_bytes(Zstd()), (6, 200), Zstd())
+    coarse = dequantize(symbols.to_bytes(Zstd(), COARSE), (6, 200), Zstd(), COARSE)
+    assert 0 < float((coarse - fine).abs().max()) <= 0.2501 * (COARSE // 2)
+    assert len(symbols.to_bytes(Zstd(), COARSE)) < len(symbols.to_bytes(Zstd()))
+
+
+@given(st.data())
+def test_noise_as_a_residual_is_refused_or_stays_within_a_coarse_step(data: st.DataObject) -> None:
+    symbols = Symbols.of(noise(1, 4, 30)[0], torch.full((4, 1), 0.25))
+    base, residual = symbols.to_bytes(Zstd(), COARSE), bytearray(symbols.residual(COARSE))
+    for _ in range(data.draw(st.integers(0, 8))):
+        residual[data.draw(st.integers(0, len(residual) - 1))] = data.draw(st.integers(0, 255))
+    residual = residual[: data.draw(st.integers(0, len(residual)))]
+    coarse = dequantize(base, (4, 30), Zstd(), COARSE)
+    try:
+        refined = dequantize(base, (4, 30), Zstd(), COARSE, bytes(residual))
+    except ChunkError:
+        return
+    assert float((refined - coarse).abs().max()) <= 0.2501 * (COARSE // 2)
