@@ -32,8 +32,8 @@ def test_every_profile_that_comes_along_is_plausible(name: str) -> None:
     assert all("https://" in source or ".yaml" in source for source in profile.sources.values())
 
 
-def test_there_are_profiles_for_phones_and_a_board() -> None:
-    assert PowerProfile.names() == ["jetson-orin-nano", "oneplus-9r", "pixel-2-xl"]
+def test_there_are_profiles_for_phones_a_board_a_laptop_and_a_server() -> None:
+    assert PowerProfile.names() == ["a100-80gb", "jetson-orin-nano", "msi-x460", "oneplus-9r", "pixel-2-xl"]
 
 
 @pytest.mark.parametrize(
