@@ -148,8 +148,9 @@ class Bench:
                 options = {"store": url, "codec": codec, "chunk_tokens": CHUNK_TOKENS, "planner": planner}
                 output = first_token(cache_implementation="sparkv", cache_config=options)
                 report = dataclasses.asdict(output.past_key_values.report())
+                output.past_key_values.reset()  # what would still arrive to refine it has no part in the first token
             self._keep_timeline({**row, "ttft": clock.first}, report.pop("timeline"))
-            row |= {"report": report, "query_seconds": self._compute_seconds(case.context)[1]}
+            row["report"] = report
         token = int(output.sequences[0, -1])
         return {**row, "ttft": clock.first, "token": token, "measured_joules": meter.joules}
 
@@ -157,12 +158,10 @@ class Bench:
         """The document's first tokens `[1, context]`, and a question: nothing published continues like it."""
         return torch.cat([self.ids[:, :context], self.ids[:, :QUERY_TOKENS].flip(1)], dim=1)
 
-    def _compute_seconds(self, context: int) -> tuple[float, float]:
-        """Seconds that a context and the question behind it take to compute, by the device's profile."""
-        chunks = context // CHUNK_TOKENS
-        grid = Grid(chunks + 1, CHUNK_TOKENS, self.model.config.num_hidden_layers)
-        seconds = DeviceProfile.of(self.model, CHUNK_TOKENS).compute_seconds(grid)[:, -1]
-        return float(seconds[:chunks].sum()), float(seconds[chunks]) * QUERY_TOKENS / CHUNK_TOKENS
+    def _compute_seconds(self, context: int) -> float:
+        """Seconds that a context takes to compute, by the device's profile."""
+        grid = Grid(context // CHUNK_TOKENS, CHUNK_TOKENS, self.model.config.num_hidden_layers)
+        return float(DeviceProfile.of(self.model, CHUNK_TOKENS).compute_seconds(grid)[:, -1].sum())
 
     def _link(self, case: Case, server: str) -> AbstractContextManager[str]:
         if case.falls_to is None:
@@ -213,7 +212,7 @@ class Bench:
         known: dict[Case, float] = {}
         for log in sorted(self.logs.glob("*.json")):
             recording = Recording.read(log)
-            if found := recording.before_drop(sum(self._compute_seconds(context)), size * 8e-6):
+            if found := recording.before_drop(self._compute_seconds(context), size * 8e-6):
                 link, falls_to = f"{log.stem}@{found[0]}", round(found[1], 3)
                 for replan in (True, False):
                     case = Case(context, link, RECORDED_RTT_MS, "optimal", replan, falls_to)

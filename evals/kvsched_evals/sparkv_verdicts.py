@@ -114,14 +114,17 @@ def energy(rows: Rows) -> dict[str, Any] | None:
     """S7: joules of a local prefill over joules of a load in the same cell, by power profile, radio and planner.
 
     The seconds are this machine's, the watts the profile's: what the request would cost a device that computes as
-    fast as this machine and draws what the profile says. Best, median and worst over the cells.
+    fast as this machine and draws what the profile says. Best, median and worst over the cells. `progressive` is left
+    out: its radio is still at work after the first token.
     """
     result: dict[str, Any] = {}
     for name in PowerProfile.names():
         profile = PowerProfile.load(name)
         for radio in profile.radios:
             cells = times(rows, partial(joules, profile=profile, radio=radio))
-            for planner in sorted({planner for found in cells.values() for planner in found} - {"local"}):
+            for planner in sorted(
+                {planner for found in cells.values() for planner in found} - {"local", "progressive"}
+            ):
                 pairs = {
                     cell: (found["local"], found[planner])
                     for cell, found in cells.items()
@@ -144,9 +147,7 @@ def joules(row: Row, profile: PowerProfile, radio: str) -> float:
     if row["planner"] == "local":
         return profile.joules(radio, row["ttft"], 0.0, row["ttft"])
     report = row["report"]
-    # The loader's own computing, and the model's pass over the rest of the prompt.
-    computing = min(report["compute_seconds"] + row["query_seconds"], row["ttft"])
-    return profile.joules(radio, computing, report["stream_seconds"], row["ttft"])
+    return profile.joules(radio, report["compute_seconds"], report["stream_seconds"], row["ttft"])
 
 
 def times(rows: Rows, of: Callable[[Row], float] = lambda row: float(row["ttft"])) -> dict[Cell, dict[str, float]]:
