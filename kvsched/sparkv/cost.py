@@ -30,7 +30,10 @@ if TYPE_CHECKING:
 
 _FAR_CHUNKS = 8
 _ROUNDS = 3
-_WINDOW_SECONDS = 3.0
+_WINDOW_SECONDS = 1.5
+_LEAST_ARRIVALS = 3
+_LEAST_SECONDS = 0.05
+_SILENCE_SECONDS = 0.1
 _WINDOW_LAYERS = 48
 
 
@@ -144,23 +147,31 @@ class ComputeRate:
 
 
 class LinkRate:
-    """Goodput of a link over the last seconds; told by one thread, asked by another.
+    """Goodput and latency of a link over the last seconds; told by one thread, asked by another.
 
     Args:
         goodput: bytes a second to assume until enough has arrived; `None` where nothing is known.
+
+    Attributes:
+        latency: seconds from a request to its first bytes, the least so far; 0 until one was answered.
     """
 
     def __init__(self, goodput: float | None = None) -> None:
+        self.latency = 0.0
         self._known = goodput
         self._arrivals: deque[tuple[float, int]] = deque()
         self._lock = threading.Lock()
 
     def observe(self, size: int, now: float) -> None:
-        """`size` bytes arrived at `now` (seconds, monotonic). A size of 0 marks the moment a request was sent."""
+        """`size` bytes arrived at `now` (seconds, monotonic)."""
         with self._lock:
             self._arrivals.append((now, size))
-            while now - self._arrivals[0][0] > _WINDOW_SECONDS:
+            while len(self._arrivals) > _LEAST_ARRIVALS and now - self._arrivals[0][0] > _WINDOW_SECONDS:
                 self._arrivals.popleft()
+
+    def answered(self, seconds: float) -> None:
+        """A request's first bytes came after `seconds`."""
+        self.latency = min(self.latency or seconds, seconds)
 
     def pause(self, now: float) -> None:
         """Nothing is asked of the link from `now` on: what follows is no silence, and what was measured stays known."""
@@ -170,10 +181,16 @@ class LinkRate:
             self._arrivals.clear()
 
     def goodput(self, now: float) -> float | None:
-        """Bytes a second at `now`; silence counts."""
+        """Bytes a second at `now`.
+
+        Measured from arrival to arrival: what comes before the first is latency, and what comes after the last is part
+        of the next. Only silence that is longer than the gaps so far counts.
+        """
         with self._lock:
-            if not self._arrivals:
-                return self._known
-            elapsed = now - self._arrivals[0][0]
-            arrived = sum(size for _, size in self._arrivals) - self._arrivals[0][1]
-        return arrived / elapsed if arrived and elapsed > 0.1 else self._known
+            times = [time for time, _ in self._arrivals]
+            size = sum(size for _, size in self._arrivals) - self._arrivals[0][1] if times else 0
+        if len(times) < _LEAST_ARRIVALS or times[-1] - times[0] < _LEAST_SECONDS:
+            return self._known
+        gap = (times[-1] - times[0]) / (len(times) - 1)
+        is_silent = now - times[-1] > max(4 * gap, _SILENCE_SECONDS)
+        return size / ((now if is_silent else times[-1]) - times[0])

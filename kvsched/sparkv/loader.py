@@ -118,6 +118,7 @@ class Loader:
         self.plans, self._waited = 0, 0.0
         self.predicted_seconds: float | None = None
         self._begin = self._end = self._planned_at = time.monotonic()
+        self._assumed_goodput = True
 
     @contextlib.contextmanager
     def streaming(self) -> Iterator[None]:
@@ -149,6 +150,11 @@ class Loader:
                 )
                 if not stranded and not self._computing_is_quicker(chunk, missing):
                     begin = time.monotonic()
+                    if begin - self._planned_at >= _REPLAN_SECONDS:
+                        self._planned_at = begin
+                        self._order_bands()
+                        streaming = (self.layer_bytes * missing).sum() / self._goodput() + self._tail()
+                        self._predict(max(streaming, self.query_seconds * self.compute_rate.factor))
                     progress.changed.wait(timeout=_REPLAN_SECONDS)
                     self._waited += time.monotonic() - begin
                     continue
@@ -189,49 +195,84 @@ class Loader:
         return Refiner(self.store, self.manifest, self.grid, self._keeping, self._check, timeout)
 
     def _plan_if_due(self, chunk: int, layers_done: int) -> None:
-        if time.monotonic() - self._planned_at >= _REPLAN_SECONDS and self.plans < _MAX_PLANS:
+        now = time.monotonic()
+        is_due = now - self._planned_at >= _REPLAN_SECONDS or (
+            self._assumed_goodput and self.link_rate.goodput(now) is not None
+        )
+        if is_due and self.plans < _MAX_PLANS:
             self._plan(chunk, layers_done)
 
     def _plan(self, chunk: int, layers_done: int) -> None:
         """Plan the chunks from `chunk` on, of which `layers_done` layers are computed; earlier ones are settled."""
         progress, layers, rest = self.progress, self.grid.layers, slice(chunk, None)
         self._planned_at = time.monotonic()
-        goodput = self.link_rate.goodput(self._planned_at)
-        with progress.changed:
-            arrived, missing = progress.arrived.copy(), progress.missing()
-            damaged = list(progress.damaged)
-        open_bytes = self.layer_bytes * ~arrived
-        open_bytes[damaged] = 0  # cannot be streamed, so it costs the stream nothing; computed at the end
+        open_bytes, missing = self._open_bytes()
         # Depth d needs the attention of layers below d - 1, so those of every earlier chunk have to be in place.
         gaps = [int(row.argmax()) for row in missing[:chunk] if row.any()]
         reach = min([layers, *(gap + 1 for gap in gaps)])
 
         compute = self.compute_table[rest] * self.compute_rate.factor
-        query_seconds = self.query_seconds * self.compute_rate.factor
-        compute[0] += query_seconds - compute[0, layers_done]
+        compute[0] += self.query_seconds * self.compute_rate.factor - compute[0, layers_done]
         compute[:, max(reach, layers_done) + 1 :] = np.inf
         compute[0, :layers_done] = np.inf
-        # stream[t, d]: bytes of layers d.. that have not arrived, as seconds. Until anything is known of the link, it
-        # is taken to be as fast as computing; the first bytes put that right.
+        # stream[t, d]: bytes of layers d.. that have not arrived, as seconds.
         to_stream = np.zeros_like(compute)
         to_stream[:, :-1] = np.cumsum(open_bytes[rest, ::-1], axis=1)[:, ::-1]
         to_stream[0] += (open_bytes * missing)[:chunk].sum()
-        rate = goodput or self.layer_bytes.sum() / self.compute_table[:, -1].sum()
-        stream = to_stream / rate
+        stream = to_stream / self._goodput()
+        stream[0] += self._tail()
 
         depths = self.planner(compute, stream, self.objective)
         cost, kept = (self.objective(*totals(compute, stream, plan)) for plan in (depths, progress.target[rest]))
-        if self.plans and cost > (1 - _MIN_GAIN) * kept:
-            return
-        self.plans += 1
-        if self.predicted_seconds is None and goodput is not None:
-            self.predicted_seconds = self._planned_at - self._begin + makespan(compute, stream, depths)
+        if self.plans == 0 or cost <= (1 - _MIN_GAIN) * kept:
+            self.plans += 1
+            with progress.changed:
+                progress.target[rest] = depths
+        self._order_bands()
+        self._predict(makespan(compute, stream, progress.target[rest]))
+
+    def _goodput(self) -> float:
+        """Bytes a second. Until anything is known of the link it is taken to be as fast as computing."""
+        measured = self.link_rate.goodput(time.monotonic())
+        self._assumed_goodput = measured is None
+        return measured or self.layer_bytes.sum() / self.compute_table[:, -1].sum()
+
+    def _open_bytes(self) -> tuple[np.ndarray, np.ndarray]:
+        """`[chunks, layers]`: bytes that have not arrived; and bool, what is in place by neither route."""
+        progress = self.progress
         with progress.changed:
-            progress.target[rest] = depths
-            # Layers to arrive while the model is already at the rest of the prompt: as many as there is time for then.
-            owed = open_bytes * (np.arange(layers) >= progress.target[:, None])
-            late = np.cumsum(owed.sum(axis=0)[::-1]) <= query_seconds * rate
-            progress.last = layers - min(int(late.sum()), layers // 2)
+            open_bytes, missing = self.layer_bytes * ~progress.arrived, progress.missing()
+            open_bytes[list(progress.damaged)] = 0  # cannot be streamed: computed at the end
+        return open_bytes, missing
+
+    def _predict(self, seconds: float) -> None:
+        """Remember what the first plan promises that knows the link: `seconds` from now."""
+        if self.predicted_seconds is None and not self._assumed_goodput:
+            self.predicted_seconds = time.monotonic() - self._begin + seconds
+
+    def _tail(self) -> float:
+        """Seconds of the pass over the rest of the prompt that are left when the last byte has come."""
+        bands = self.progress.bands
+        last = self.grid.layers - (bands[-2] if len(bands) > 1 else 0)
+        return self.query_seconds * self.compute_rate.factor * last / self.grid.layers
+
+    def _order_bands(self) -> None:
+        """Have those layers arrive last that the pass over the rest of the prompt does not need before they can have.
+
+        Earliest due date first, in bands that become narrower towards the end, so that little of the pass is left when
+        the last byte comes; no narrower than what a request's round trip takes, or the link would idle.
+        """
+        progress, layers = self.progress, self.grid.layers
+        goodput = self._goodput()
+        owed = self._open_bytes()[0] * (np.arange(layers) >= progress.target[:, None])
+        late = np.cumsum(owed.sum(axis=0)[::-1]) <= self.query_seconds * self.compute_rate.factor * goodput
+        lower, bands = layers - min(int(late.sum()), layers - 1), []
+        narrowest = max(1.0, self.link_rate.latency * goodput / self.layer_bytes.mean())
+        while lower < layers:
+            bands.append(lower)
+            lower += max(1, (layers - lower) // 2) if layers - lower > 2 * narrowest else layers
+        with progress.changed:
+            progress.bands = (*bands, layers)
         self.streamer.wake()
 
     def _compute_to_target(self, chunk: int) -> None:

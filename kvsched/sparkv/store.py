@@ -23,7 +23,7 @@ _NO_LIMIT = "1 day"
 # A connection on which nothing was asked for that long is closed, at the latest twice that long after the last answer.
 # Usually it goes with the store; but obstore lets go of Python objects at times only in its next call.
 _IDLE = "5 seconds"
-_READ_BYTES = 64 * 1024
+_READ_BYTES = 16 * 1024  # finer than a layer of a chunk, so that goodput is known before one has arrived
 _IN_FLIGHT = 64
 _Result = TypeVar("_Result")
 

@@ -50,8 +50,9 @@ class Progress:
         computed: `[chunks]`, layers `[0, computed)` of each chunk are computed.
         arrived: bool `[chunks, layers]`, what has been streamed.
         target: `[chunks]`, the plan: layers from here on are to be streamed.
-        last: layers from here on are streamed after all others. The model's own pass over the rest of the prompt
-            needs them last, so it can begin while they are still arriving.
+        bands: layers up to the first of these come first, then those up to the second, and so on to the last, which is
+            the number of layers. The model's own pass over the rest of the prompt needs the upper ones later, so it can
+            begin while they are still arriving.
         damaged: chunks that are not streamed any further.
         link_error: why nothing is streamed any more.
         timeline: what came into place when.
@@ -62,7 +63,7 @@ class Progress:
         self.computed = np.zeros(grid.chunks, dtype=int)
         self.arrived = np.zeros((grid.chunks, grid.layers), dtype=bool)
         self.target = np.zeros(grid.chunks, dtype=int)
-        self.last = grid.layers
+        self.bands: tuple[int, ...] = (grid.layers,)
         self.damaged: set[int] = set()
         self.link_error: StoreError | None = None
         self.timeline: list[Arrival] = []
@@ -85,12 +86,13 @@ class Progress:
     def next_to_stream(self, busy: Iterable[int] = ()) -> tuple[int, int, int] | None:
         """The next run of layers to stream, as `(chunk, upper, lower)` for layers `[lower, upper)`.
 
-        Last chunk first; `None` if the plan wants nothing more of chunks that are not `busy`.
+        Lowest band first, in it the last chunk; `None` if the plan wants nothing more of chunks that are not `busy`.
         """
         layers = np.arange(self.arrived.shape[1])
         wanted = ~self.arrived & (layers >= self.target[:, None])
         wanted[[*self.damaged, *busy]] = False
-        for part in (wanted & (layers < self.last), wanted):
+        for upper in self.bands:
+            part = wanted & (layers < upper)
             if part.any():
                 chunk = int(np.flatnonzero(part.any(axis=1))[-1])
                 upper = int(np.flatnonzero(part[chunk])[-1]) + 1
@@ -238,7 +240,6 @@ class Streamer:
         if chunk not in self._headers:
             # Asked for beside the payloads, not before them: no round trip is spent on it.
             self._headers[chunk] = asyncio.create_task(self._fetch_header(chunk))
-        self.rate.observe(0, time.monotonic())
         async with contextlib.aclosing(self._pieces(entry.address, *entry.payload_span(upper, lower))) as pieces:
             async for piece in pieces:
                 received += piece
@@ -267,6 +268,7 @@ class Streamer:
         Raises:
             StoreError: the link is silent for too long.
         """
+        asked: float | None = time.monotonic()
         async with contextlib.aclosing(self.store.read(chunk_path(address), start, stop)) as pieces:
             while True:
                 piece = asyncio.ensure_future(anext(pieces))
@@ -286,6 +288,9 @@ class Streamer:
                 except StopAsyncIteration:
                     return
                 self._last_arrival = time.monotonic()
+                if asked is not None:
+                    self.rate.answered(self._last_arrival - asked)
+                    asked = None
                 self.bytes_streamed += len(data)
                 self.rate.observe(len(data), self._last_arrival)
                 yield data

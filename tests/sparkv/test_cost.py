@@ -85,15 +85,23 @@ def test_compute_rate_is_actual_over_predicted_of_late() -> None:
     assert rate.factor == 0.5
 
 
-def test_link_rate_is_what_arrived_since_the_request() -> None:
+def test_link_rate_is_measured_from_arrival_to_arrival() -> None:
     rate = LinkRate(goodput=7.0)
     assert rate.goodput(0.0) == 7.0
-    rate.observe(0, 10.0)
-    assert rate.goodput(10.5) == 7.0  # nothing has arrived yet
-    rate.observe(1000, 11.0)
-    rate.observe(1000, 12.0)
-    assert rate.goodput(12.0) == 1000
-    assert rate.goodput(14.0) == 500  # silence counts
+    for second in (11.0, 12.0):  # the first marks the beginning: what it took is latency too
+        rate.observe(1000, second)
+        assert rate.goodput(second) == 7.0
+    rate.observe(1000, 13.0)
+    assert rate.goodput(13.0) == rate.goodput(16.9) == 1000  # the next may be on its way
+    assert rate.goodput(21.0) == 200  # silence counts
+
+
+def test_latency_is_that_of_the_quickest_answer() -> None:
+    rate = LinkRate()
+    assert rate.latency == 0
+    for seconds in (0.3, 0.05, 0.2):
+        rate.answered(seconds)
+    assert rate.latency == 0.05
 
 
 def test_link_rate_forgets() -> None:
@@ -101,3 +109,13 @@ def test_link_rate_forgets() -> None:
     for second in range(10):
         rate.observe(1_000_000 if second < 5 else 1000, float(second))
     assert rate.goodput(9.0) == 1000
+
+
+def test_a_pause_is_no_silence() -> None:
+    rate = LinkRate()
+    for second in range(4):
+        rate.observe(500, float(second))
+    rate.pause(3.0)
+    assert rate.goodput(60.0) == 500
+    rate.observe(500, 61.0)
+    assert rate.goodput(61.0) == 500
