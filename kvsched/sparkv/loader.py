@@ -248,7 +248,7 @@ class Loader:
     def _predict(self, seconds: float) -> None:
         """Remember what the first plan promises that knows the link: `seconds` from now."""
         if self.predicted_seconds is None and not self._assumed_goodput:
-            self.predicted_seconds = time.monotonic() - self._begin + seconds
+            self.predicted_seconds = time.monotonic() - self._begin + float(seconds)
 
     def _tail(self) -> float:
         """Seconds of the pass over the rest of the prompt that are left when the last byte has come."""
