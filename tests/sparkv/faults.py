@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import re
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -50,6 +52,51 @@ def honest(request: Request, send: Send) -> None:
     send(request.honest())
 
 
+FAULTS = ["killed", "silent", "truncated", "corrupted", "slow"]
+
+
+class FailsAtByte:
+    """An honest server until it has sent `byte` bytes, to all connections together; then it fails.
+
+    Args:
+        byte: the first that is not sent as it should be.
+        fault: `killed`, every connection ends and so does every later one; `silent`, nothing is sent any more;
+            `truncated`, this answer ends and later ones are whole; `corrupted`, one bit of this byte is wrong;
+            `slow`, a byte now and then.
+
+    Attributes:
+        failed: whether that byte was reached.
+        over: set it to end what is silent or slow.
+    """
+
+    def __init__(self, byte: int, fault: str) -> None:
+        self.byte, self.fault = byte, fault
+        self.failed, self.over = False, threading.Event()
+        self._sent, self._lock = 0, threading.Lock()
+
+    def __call__(self, request: Request, send: Send) -> None:
+        whole = request.honest()
+        with self._lock:
+            good = self.byte - self._sent
+            self._sent += len(whole)
+            self.failed |= good < len(whole)
+        if good >= len(whole) or (good < 0 and self.fault in ("truncated", "corrupted")):
+            return send(whole)
+        good = max(good, 0)
+        if self.fault == "corrupted":
+            return send(whole[:good] + bytes([whole[good] ^ 1 << self.byte % 8]) + whole[good + 1 :])
+        send(whole[:good])
+        if self.fault == "silent":
+            self.over.wait(timeout=20)
+        if self.fault == "slow":
+            for byte in whole[good:]:
+                if self.over.wait(timeout=0.05):
+                    break
+                send(bytes([byte]))
+            return None
+        raise EndConnection
+
+
 @dataclass
 class Faulty:
     """The files of `folder` on a loopback port, answered by `answer`.
@@ -59,6 +106,7 @@ class Faulty:
         requests: everything that was asked.
         connections: how many were accepted.
         open: connections that the client has not closed.
+        sent: bytes sent.
     """
 
     folder: Path
@@ -66,6 +114,7 @@ class Faulty:
     requests: list[Request] = field(default_factory=list)
     connections: int = 0
     open: int = 0
+    sent: int = 0
     url: str = ""
 
     def __post_init__(self) -> None:
@@ -111,7 +160,7 @@ class Faulty:
                 request = self._read(head.decode())
                 with self._lock:
                     self.requests.append(request)
-                self.answer(request, connection.sendall)
+                self.answer(request, lambda data: self._send(connection, data))
         except (EndConnection, OSError):
             return
         finally:
@@ -119,6 +168,19 @@ class Faulty:
                 self._sockets.discard(connection)
                 self.open -= 1
             connection.close()
+
+    def _send(self, connection: socket.socket, data: bytes) -> None:
+        connection.sendall(data)
+        with self._lock:
+            self.sent += len(data)
+
+    def expect_left(self) -> None:
+        """Every connection is closed soon after the cache is gone, at the latest when it was idle for long enough."""
+        deadline = time.monotonic() + 15
+        while self.open:
+            assert time.monotonic() < deadline, f"{self.open} connections were left open"
+            gc.collect()  # an error and the frames that it came through refer to each other
+            time.sleep(0.02)
 
     def _read(self, head: str) -> Request:
         method, path, _ = head.split("\r\n")[0].split(" ")
