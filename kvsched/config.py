@@ -182,26 +182,29 @@ class DynaKVConfig(CacheConfig):
     Args:
         directory: an existing folder for the cluster files, on the flash device; `None` takes the system's temporary
             folder. The files are removed when the cache goes away.
-        budget: tokens fetched from clusters for each KV head and step, beside sinks and recent tokens.
+        policy: which tokens are grouped, and which groups are fetched. `dynakv` clusters them, follows the decode by
+            splits and estimates what is left out. The rest are for comparison: `static`, `local`, `retroinfer`,
+            `clusterkv`, `quest` and `token-topk`, as `kvsched.dynakv.policies` describes them.
+        budget: tokens of each KV head that take part in a step beside sinks and recent tokens: those that wait for
+            their cluster to be in DRAM, and the clusters fetched.
         sinks: tokens at the start of the sequence that always take part in attention.
         recent: newest tokens that always take part; a token enters a cluster only when it leaves this window.
         dram: bytes that resident clusters may hold, over all layers; a number or a text such as `"64MiB"`.
-        cluster_size: mean tokens in a cluster when the prompt is clustered.
+        cluster_size: mean tokens in a cluster; `None` takes the policy's own, 2.75 for `dynakv`. Fewer find more of the
+            attention with the same budget, and need more DRAM for the index.
         max_cluster_size: a cluster is split rather than grow beyond this.
-        split_variance: a cluster is split when its variance exceeds this multiple of its head's mean variance over
-            the prompt's clusters (tau_h of the paper, which leaves its choice open).
         storage: how keys and values lie on flash; `auto` is the model's own dtype, so nothing is lost.
         io_threads: reads in flight at once.
     """
 
     directory: str | os.PathLike[str] | None = None
+    policy: str = "dynakv"
     budget: int = 256
     sinks: int = 16
     recent: int = 64
     dram: int | str = "64MiB"
-    cluster_size: int = 16
-    max_cluster_size: int = 32
-    split_variance: float = 1.0
+    cluster_size: float | None = None
+    max_cluster_size: int = 16
     storage: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     io_threads: int = 8
 
@@ -211,8 +214,6 @@ class DynaKVConfig(CacheConfig):
         self._require("budget", self.budget >= 0, "at least 0 tokens")
         self._require("sinks", self.sinks >= 0, "at least 0 tokens")
         self._require("recent", self.recent >= 1, "at least 1 token, the one just decoded")
-        self._require("cluster_size", self.cluster_size >= 1, "at least 1 token")
-        floor = max(2, self.cluster_size)
-        self._require("max_cluster_size", self.max_cluster_size >= floor, f"at least {floor} tokens")
-        self._require("split_variance", self.split_variance > 0, "above zero")
+        self._require("cluster_size", self.cluster_size is None or self.cluster_size >= 1, "at least 1 token")
+        self._require("max_cluster_size", 2 <= self.max_cluster_size <= 4096, "between 2 and 4096 tokens")
         self._require("io_threads", 1 <= self.io_threads <= 256, "between 1 and 256")

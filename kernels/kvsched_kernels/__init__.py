@@ -3,18 +3,25 @@
 Throughout, `S` counts streams: batch rows x KV heads. Every operation runs over all streams at once.
 """
 
-from .attention import decode_attention
-from .kmeans import kmeans, members, moments, nearest, split_oversized, two_means
-from .select import choose_clusters, cluster_scores
+from .attention import cap_scores, decode_attention, merge_parts, softmax_weights
+from .codes import dot, mix, pack, unpack
+from .kmeans import divide, kmeans, members, moments, nearest, two_means
+from .select import choose_clusters
 
 __all__ = [
+    "cap_scores",
     "choose_clusters",
-    "cluster_scores",
     "decode_attention",
+    "divide",
+    "dot",
     "kmeans",
     "members",
+    "merge_parts",
+    "mix",
     "moments",
     "nearest",
-    "split_oversized",
+    "pack",
+    "softmax_weights",
     "two_means",
+    "unpack",
 ]

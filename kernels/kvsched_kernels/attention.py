@@ -1,8 +1,13 @@
-"""Attention of one new token over gathered keys."""
+"""Attention of one new token over gathered keys, in parts that are put together exactly."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+
+Part = tuple[torch.Tensor, torch.Tensor]
+"""Output float32 `[S, G, Dv]` of attention over some of the keys, and the log of its softmax's sum, `[S, G]`."""
 
 
 def decode_attention(
@@ -13,27 +18,37 @@ def decode_attention(
     scaling: float,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
-) -> torch.Tensor:
+) -> Part:
     """Softmax attention of each stream's query group over its own keys, in float32.
 
     Args:
         query: `[S, G, D]`, the query heads that share a KV head.
         key: `[S, n, D]`, value: `[S, n, Dv]`, any floating dtype. Masked entries may hold any finite numbers.
-        mask: bool `[S, n]`, True where an entry takes part. A stream without any gets finite numbers without meaning.
+        mask: bool `[S, n]`, True where an entry takes part. A stream without any gives zeros and a log of -inf.
         scaling: factor on the scores before the softmax.
         softcap: scores become `softcap * tanh(score / softcap)` (Gemma 2).
         sinks: `[S, G]`, a learned score per query head that takes part in the softmax with no value (GPT-OSS).
-
-    Returns:
-        `[S, G, Dv]` in the dtype of `query`.
     """
-    score = torch.matmul(query.float(), key.float().transpose(1, 2)) * scaling
-    if softcap is not None:
-        score = torch.tanh(score / softcap) * softcap
-    score = score.masked_fill(~mask.unsqueeze(1), torch.finfo(torch.float32).min)
+    score = cap_scores(torch.bmm(query.float(), key.float().transpose(1, 2)) * scaling, softcap)
+    score = score.masked_fill_(~mask.unsqueeze(1), float("-inf"))
+    total = score.logsumexp(dim=-1)
     if sinks is not None:
-        score = torch.cat([score, sinks.float().unsqueeze(-1)], dim=-1)
-    weight = score.softmax(dim=-1)
-    if sinks is not None:
-        weight = weight[..., :-1]
-    return torch.matmul(weight, value.float()).to(query.dtype)
+        total = torch.logaddexp(total, sinks.float())
+    return torch.bmm(softmax_weights(score, total), value.float()), total
+
+
+def cap_scores(score: torch.Tensor, softcap: float | None) -> torch.Tensor:
+    """Scores after the soft cap, if there is one."""
+    return score if softcap is None else torch.tanh(score / softcap) * softcap
+
+
+def softmax_weights(score: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
+    """`exp(score - total)` for `[..., n]` and `[...]`, 0 where `total` is -inf."""
+    return (score - total.clamp_min(torch.finfo(torch.float32).min).unsqueeze(-1)).exp_()
+
+
+def merge_parts(parts: Sequence[Part]) -> torch.Tensor:
+    """Attention over all keys from its parts: float32 `[S, G, Dv]`. A stream without any key gets zeros."""
+    total = torch.stack([total for _, total in parts], dim=-1)
+    weight = softmax_weights(total, total.logsumexp(dim=-1))
+    return torch.stack([output for output, _ in parts], dim=-1).mul_(weight.unsqueeze(-2)).sum(-1)

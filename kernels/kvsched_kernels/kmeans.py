@@ -35,7 +35,7 @@ def nearest(points: torch.Tensor, centroid: torch.Tensor, mask: torch.Tensor) ->
 
 
 def moments(
-    points: torch.Tensor, label: torch.Tensor, clusters: int
+    points: torch.Tensor, label: torch.Tensor, clusters: int, by_channel: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Mean, size and sum of squared deviations of each cluster, in two passes.
 
@@ -43,10 +43,11 @@ def moments(
         points: float32 `[S, n, D]`.
         label: int64 `[S, n]`, -1 for points that belong nowhere.
         clusters: C.
+        by_channel: leave the deviations of the channels apart.
 
     Returns:
-        centroid float32 `[S, C, D]`, size int64 `[S, C]`, deviation float32 `[S, C]` (summed over channels).
-        A cluster without points has centroid 0.
+        centroid float32 `[S, C, D]`, size int64 `[S, C]`, deviation float32 `[S, C]` (summed over channels) or, by
+        channel, `[S, C, D]`. A cluster without points has centroid 0.
     """
     streams, _, dim = points.shape
     label = torch.where(label < 0, clusters, label)
@@ -55,7 +56,11 @@ def moments(
     wide = label.unsqueeze(-1).expand(-1, -1, dim)
     centroid = points.new_zeros(streams, clusters + 1, dim).scatter_add_(1, wide, points)
     centroid /= size.clamp_min(1).unsqueeze(-1)
-    spread = (points - centroid.gather(1, wide)).square().sum(-1)
+    spread = (points - centroid.gather(1, wide)).square()
+    if by_channel:
+        squares = torch.zeros_like(centroid).scatter_add_(1, wide, spread)
+        return centroid[:, :clusters], size[:, :clusters], squares[:, :clusters]
+    spread = spread.sum(-1)
     deviation = points.new_zeros(streams, clusters + 1).scatter_add_(1, label, spread)
     return centroid[:, :clusters], size[:, :clusters], deviation[:, :clusters]
 
@@ -117,7 +122,9 @@ def _fill_empty(label: torch.Tensor, distance: torch.Tensor, live: torch.Tensor)
     return label
 
 
-def two_means(points: torch.Tensor, mask: torch.Tensor, least: float = 0.0, iterations: int = 8) -> torch.Tensor:
+def two_means(
+    points: torch.Tensor, mask: torch.Tensor, least: float | torch.Tensor = 0.0, iterations: int = 8
+) -> torch.Tensor:
     """Split each set of points in two, both halves non-empty.
 
     The two centres start at the point farthest from the mean and the point farthest from that one. Where the smaller
@@ -127,7 +134,7 @@ def two_means(points: torch.Tensor, mask: torch.Tensor, least: float = 0.0, iter
     Args:
         points: float32 `[N, m, D]`.
         mask: bool `[N, m]`, at least two True in each set.
-        least: least share of the smaller half, up to 0.5.
+        least: least share of the smaller half, up to 0.5; one for all or `[N, 1]`.
 
     Returns:
         bool `[N, m]`, True for the second half, False where masked.
@@ -180,18 +187,20 @@ def members(label: torch.Tensor, stream: torch.Tensor, cluster: torch.Tensor, mo
     return torch.where(column < size[stream, cluster + 1].unsqueeze(1), order[stream.unsqueeze(1), place], -1)
 
 
-def split_oversized(
-    points: torch.Tensor, label: torch.Tensor, clusters: torch.Tensor, most: int
+def divide(
+    points: torch.Tensor, label: torch.Tensor, clusters: torch.Tensor, wanted: torch.Tensor, most: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Split clusters in two until none holds more than `most` points.
+    """Split clusters in two until there are as many as wanted and none holds more than `most` points.
 
-    The smaller half gets at least a quarter of the points, so even a cluster that swallowed a whole stream is down to
-    size in a few rounds.
+    Those with the largest sum of squared deviations go first, up to half of a stream's clusters at a time. A half of
+    one that is too large gets at least a quarter of its points, so even a cluster that swallowed a whole stream is down
+    to size in a few rounds.
 
     Args:
         points: float32 `[S, n, D]`.
         label: int64 `[S, n]`, -1 for points that belong nowhere.
-        clusters: int64 `[S]`, clusters of each stream.
+        clusters: int64 `[S]`, clusters of each stream, none of them empty.
+        wanted: int64 `[S]`, how many to reach where the points suffice and are not all equal.
         most: points a cluster may hold, at least 1.
 
     Returns:
@@ -199,16 +208,19 @@ def split_oversized(
     """
     label, clusters = label.clone(), clusters.clone()
     while True:
-        width = int(clusters.max())
-        size = torch.zeros(label.shape[0], width + 1, dtype=torch.long, device=label.device)
-        size = size.scatter_add_(1, label + 1, torch.ones_like(label))[:, 1:]
-        stream, cluster = (size > most).nonzero(as_tuple=True)
+        _, size, deviation = moments(points, label, int(clusters.max()))
+        large = size > most
+        room = torch.minimum(wanted - clusters - large.sum(1), (clusters + 1) // 2)
+        worth = torch.where((size > 1) & ~large, deviation, 0.0)
+        rank = worth.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+        stream, cluster = (large | ((rank < room.unsqueeze(1)) & (worth > 0))).nonzero(as_tuple=True)
         if len(stream) == 0:
             return label, clusters
-        point = members(label, stream, cluster, int(size.max()))
+        point = members(label, stream, cluster, int(size[stream, cluster].max()))
         mask = point >= 0
         rows = stream.unsqueeze(1).expand_as(point)
-        second = two_means(points[rows, point.clamp_min(0)], mask, least=0.25)
+        least = torch.where(large[stream, cluster], 0.25, 0.0).unsqueeze(1)
+        second = two_means(points[rows, point.clamp_min(0)], mask, least)
         grown = torch.bincount(stream, minlength=len(clusters))
         new = clusters[stream] + torch.arange(len(stream), device=label.device) - (grown.cumsum(0) - grown)[stream]
         label[rows[second], point[second]] = new.unsqueeze(1).expand_as(point)[second]

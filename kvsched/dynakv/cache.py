@@ -16,6 +16,7 @@ from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, Cache, get_laye
 from ..config import DynaKVConfig
 from ..errors import UnsupportedModelError
 from .layer import DynaKVLayer
+from .policies import policy_named
 from .storage import ClusterStorage
 
 
@@ -91,12 +92,16 @@ class DynaKVCache(Cache):
         self._storage = ClusterStorage(self.options)
         self._finalizer = weakref.finalize(self, self._storage.close)
 
-        def layer(kind: str, given: dict[str, Any]) -> Any:
-            if kind == "full_attention":
+        dense = policy_named(self.options.policy).dense_layers
+
+        def layer(number: int, kind: str, given: dict[str, Any]) -> Any:
+            if kind == "full_attention" and number >= dense:
                 return DynaKVLayer(self.options, self._storage)
             return DYNAMIC_LAYER_TYPE_MAPPING[kind](**given)
 
-        super().__init__(layers=[layer(kind, given) for kind, given in zip(kinds, arguments, strict=True)])
+        super().__init__(
+            layers=[layer(i, kind, given) for i, (kind, given) in enumerate(zip(kinds, arguments, strict=True))]
+        )
 
     def report(self) -> DynaKVReport:
         """The numbers so far."""
@@ -108,7 +113,7 @@ class DynaKVCache(Cache):
             tokens=max((layer.get_seq_length() for layer in layers), default=0),
             steps=max((layer.steps for layer in layers), default=0),
             clusters=sum(int(layer.index.count.sum()) for layer in held),
-            splits=sum(layer.splits for layer in layers),
+            splits=sum(int(layer.splits.sum()) for layer in layers),
             bytes_read=counters.bytes_read,
             reads=counters.reads,
             read_seconds=storage.read_seconds,

@@ -1,16 +1,45 @@
-"""The index of one layer: what is known about its clusters without their bytes (the paper's Algorithm 1).
+"""The index of one layer: what is kept in DRAM about its clusters, whose bytes may lie on flash.
 
-A cluster has a mean key, a size, the sum of squared deviations from the mean, the positions of its tokens and the
-address of its bytes. The threshold tau of a head is `split_variance` times the mean variance of the clusters that its
-stream started with; the paper leaves it open. A variance is the mean squared distance to the centroid, summed over
-channels.
+A cluster has a size, the sum of squared deviations of its keys from their mean, the address of its bytes, and one
+vector for each `VectorTable` that the policy asks for, such as its mean key.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+
 import torch
 
-from kvsched_kernels import moments, nearest
+from kvsched_kernels import moments
+
+from .table import VectorTable
+
+_ROOM = 64
+"""Clusters for which the tensors grow at a time. Doubling would leave up to half of the index empty."""
+
+
+@dataclass(frozen=True)
+class Clusters:
+    """N clusters of given streams, as they enter the index.
+
+    Args:
+        stream: int64 `[N]`, ascending.
+        size: int64 `[N]`, tokens.
+        deviation: float32 `[N]`, sum over tokens and channels of squared deviations from the mean key.
+        vectors: for each table float32 `[N, width]`.
+        position: int64 `[N, max_size]`, places of the tokens in the sequence; anything beyond `size`.
+    """
+
+    stream: torch.Tensor
+    size: torch.Tensor
+    deviation: torch.Tensor
+    vectors: Mapping[str, torch.Tensor]
+    position: torch.Tensor
+
+    def __getitem__(self, part: slice | torch.Tensor) -> Clusters:
+        vectors = {name: vector[part] for name, vector in self.vectors.items()}
+        return Clusters(self.stream[part], self.size[part], self.deviation[part], vectors, self.position[part])
 
 
 class ClusterIndex:
@@ -19,131 +48,131 @@ class ClusterIndex:
     Tensors have room for C clusters; `width` of them are in use in the fullest stream.
 
     Attributes:
-        centroid: float32 `[S, C, D]`.
-        size: int32 `[S, C]`, 0 where there is no cluster.
-        deviation: float32 `[S, C]`, sum of squared deviations.
-        position: int32 `[S, C, max_size]`, places of the tokens in the sequence, in the order of their entries.
-        address: int64 `[S, C]`, where the entries lie.
+        tables: a `VectorTable` for each of `forms`, which gives name, numbers and bits a number.
+        size: uint8 `[S, C]` (int16 where clusters may exceed 255 tokens), 0 where there is no cluster.
+        deviation: bfloat16 `[S, C]`; it only ranks clusters.
+        position: int32 `[S, C, max_size]`, in the order of their entries.
+        address: int32 `[S, C]`, where the entries lie.
+        parent: int32 `[S, C]` if `chained`: the first cluster of a chain, whose clusters share their vectors.
         count: int64 `[S]`, clusters of each stream.
-        threshold: float32 `[S]`, tau; infinite until the stream has clusters.
     """
 
-    def __init__(self, streams: int, dim: int, max_size: int, split_variance: float, device: torch.device) -> None:
-        self.max_size, self.split_variance = max_size, split_variance
+    def __init__(
+        self,
+        streams: int,
+        forms: Mapping[str, tuple[int, int]],
+        max_size: int,
+        device: torch.device,
+        chained: bool = False,
+    ) -> None:
         self.width = 0
-        self.centroid = torch.zeros(streams, 0, dim, device=device)
-        self.size = torch.zeros(streams, 0, dtype=torch.int32, device=device)
-        self.deviation = torch.zeros(streams, 0, device=device)
+        self.tables = {name: VectorTable(streams, width, bits, device) for name, (width, bits) in forms.items()}
+        self.size = torch.zeros(streams, 0, dtype=torch.uint8 if max_size < 256 else torch.int16, device=device)
+        self.deviation = torch.zeros(streams, 0, dtype=torch.bfloat16, device=device)
         self.position = torch.zeros(streams, 0, max_size, dtype=torch.int32, device=device)
-        self.address = torch.zeros(streams, 0, dtype=torch.long, device=device)
+        self.address = torch.zeros(streams, 0, dtype=torch.int32, device=device)
+        self.parent = torch.zeros(streams, 0, dtype=torch.int32, device=device)
         self.count = torch.zeros(streams, dtype=torch.long, device=device)
-        self.threshold = torch.full((streams,), float("inf"), device=device)
-
-    _PER_CLUSTER = ("centroid", "size", "deviation", "position", "address")
+        self._per_cluster = ("size", "deviation", "position", "address", *(["parent"] if chained else []))
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(getattr(self, name).nbytes for name in (*self._PER_CLUSTER, "count", "threshold"))
+        """Bytes of what grows with the clusters."""
+        tables = sum(table.nbytes for table in self.tables.values())
+        return tables + sum(getattr(self, name).nbytes for name in self._per_cluster)
+
+    @property
+    def tokens(self) -> torch.Tensor:
+        """Tokens in the clusters of each stream, int64 `[S]`."""
+        return self.size.sum(1, dtype=torch.long)
 
     def clusters(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Stream and number of every cluster, int64 `[N]` each, in ascending order."""
         stream, cluster = self.size[:, : self.width].nonzero(as_tuple=True)
         return stream, cluster
 
-    def nearest(self, keys: torch.Tensor) -> torch.Tensor:
-        """The nearest cluster of each key: int64 `[S, m]` for float32 `[S, m, D]`; anything in a stream without."""
-        return nearest(keys, self.centroid[:, : self.width], self.size[:, : self.width] > 0)[0]
-
     def create(
         self,
-        stream: torch.Tensor,
-        centroid: torch.Tensor,
-        size: torch.Tensor,
-        deviation: torch.Tensor,
-        position: torch.Tensor,
+        clusters: Clusters,
         address: torch.Tensor,
+        link: torch.Tensor | None = None,
+        parent: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Add N clusters, with one value each of what the attributes hold; `stream` ascends.
+        """Add N clusters that lie at `address` (integer `[N]`).
+
+        Args:
+            link: int64 `[N]`, how many before it belong to the same chain.
+            parent: int64 `[N]`, the first cluster of the chain that it prolongs, if that is not among the N.
 
         Returns:
             int64 `[N]`, their numbers.
         """
-        cluster = self.count[stream] + ranks(stream)
-        self.count += torch.bincount(stream, minlength=len(self.count))
+        number = self.count[clusters.stream] + ranks(clusters.stream)
+        self.count += torch.bincount(clusters.stream, minlength=len(self.count))
         self.width = int(self.count.max())
         if (capacity := self.size.shape[1]) < self.width:
-            more = max(2 * capacity, self.width, 16) - capacity
-            for name in self._PER_CLUSTER:
+            wanted = -(-self.width // _ROOM) * _ROOM
+            for name in self._per_cluster:
                 old = getattr(self, name)
-                setattr(self, name, torch.cat([old, old.new_zeros(old.shape[0], more, *old.shape[2:])], dim=1))
-        self.centroid[stream, cluster] = centroid
-        self.size[stream, cluster] = size.to(self.size)
-        self.deviation[stream, cluster] = deviation
-        self.position[stream, cluster] = position.to(self.position)
-        self.address[stream, cluster] = address
-        return cluster
+                more = old.new_zeros(old.shape[0], wanted - capacity, *old.shape[2:])
+                setattr(self, name, torch.cat([old, more], dim=1))
+            for table in self.tables.values():
+                table.grow(wanted)
+        self.address[clusters.stream, number] = address.to(self.address)
+        if "parent" in self._per_cluster:
+            first = number if link is None else number - link
+            self.parent[clusters.stream, number] = (first if parent is None else parent).to(self.parent)
+        self.replace(number, clusters)
+        return number
 
-    def calibrate(self, fresh: torch.Tensor) -> None:
-        """Set the threshold of the streams marked in `fresh` (bool `[S]`) from the clusters they have now."""
-        size = self.size[:, : self.width]
-        variance = torch.where(size > 0, self.deviation[:, : self.width] / size.clamp_min(1), 0.0)
-        mean = variance.sum(1) / self.count.clamp_min(1)
-        fresh = fresh & (self.count > 0)
-        self.threshold = torch.where(fresh, self.split_variance * mean, self.threshold)
+    def replace(self, number: torch.Tensor, clusters: Clusters) -> None:
+        """Give the clusters `number` (int64 `[N]`) of `clusters.stream` other tokens; their addresses stay."""
+        stream = clusters.stream
+        for name, vectors in clusters.vectors.items():
+            self.tables[name].write(stream, number, vectors)
+        self.size[stream, number] = clusters.size.to(self.size)
+        self.deviation[stream, number] = clusters.deviation.to(self.deviation)
+        self.position[stream, number] = clusters.position.to(self.position)
 
-    def append(
-        self,
-        stream: torch.Tensor,
-        cluster: torch.Tensor,
-        offset: torch.Tensor,
-        keys: torch.Tensor,
-        position: torch.Tensor,
-    ) -> None:
-        """Take M tokens into their clusters at `offset`, which continues each cluster without gaps.
+    def tail(self, stream: torch.Tensor, cluster: torch.Tensor) -> torch.Tensor:
+        """The cluster that a token joins which is nearest to `cluster`: the last of its chain. int64 `[N]`."""
+        if "parent" not in self._per_cluster:
+            return cluster
+        number = torch.arange(self.width, device=cluster.device).expand(len(self.count), -1)
+        parent = self.parent[:, : self.width].long()
+        last = torch.zeros_like(number).scatter_reduce_(
+            1, parent, torch.where(self.size[:, : self.width] > 0, number, 0), "amax"
+        )
+        return last[stream, parent[stream, cluster]]
 
-        Mean and squared deviations are merged by Chan's formula, the form of Welford's update for several points at
-        once: no difference of large squares, so float32 stays accurate however far the keys lie from the origin.
+    def follow(self, keys: torch.Tensor, label: torch.Tensor) -> None:
+        """Move the mean keys of chains by tokens that joined them: a running mean, exact up to rounding.
 
         Args:
-            stream, cluster, offset, position: integer `[M]`.
-            keys: float32 `[M, D]`.
+            keys: float32 `[S, n, D]`.
+            label: int64 `[S, n]`, the first cluster of the chain, -1 for none. Their sizes count these tokens already.
         """
-        flat, group = torch.unique(stream * self.size.shape[1] + cluster, return_inverse=True)
-        of, which = flat // self.size.shape[1], flat % self.size.shape[1]
-        mean, count, deviation = (x[0] for x in moments(keys.unsqueeze(0), group.unsqueeze(0), len(flat)))
-        before = self.size[of, which]
-        after = before + count
-        delta = mean - self.centroid[of, which]
-        self.deviation[of, which] += deviation + delta.square().sum(-1) * before * count / after
-        self.centroid[of, which] += delta * (count / after).unsqueeze(-1)
-        self.size[of, which] = after.to(self.size)
-        self.position[stream, cluster, offset] = position.to(self.position)
+        table, parent = self.tables["key"], self.parent[:, : self.width].long()
+        size = self.size[:, : self.width].long()
+        total = torch.zeros_like(size).scatter_add_(1, parent, size)
+        mean, count, _ = moments(keys, label, self.width)
+        before = table.read(self.width)
+        after = before + (mean - before) * (count / total.clamp_min(1)).unsqueeze(-1)
+        stream, cluster = self.clusters()
+        table.write(stream, cluster, after[stream, parent[stream, cluster]])
 
-    def too_wide(self, stream: torch.Tensor, cluster: torch.Tensor) -> torch.Tensor:
-        """bool `[N]`: which clusters have a variance above their head's threshold and more than one token."""
-        size = self.size[stream, cluster]
-        return (size > 1) & (self.deviation[stream, cluster] > self.threshold[stream] * size)
-
-    def replace(
-        self,
-        stream: torch.Tensor,
-        cluster: torch.Tensor,
-        centroid: torch.Tensor,
-        size: torch.Tensor,
-        deviation: torch.Tensor,
-        position: torch.Tensor,
-    ) -> None:
-        """Give N clusters other tokens; their addresses stay."""
-        self.centroid[stream, cluster] = centroid
-        self.size[stream, cluster] = size.to(self.size)
-        self.deviation[stream, cluster] = deviation
-        self.position[stream, cluster] = position.to(self.position)
+    def truncate(self, count: torch.Tensor) -> None:
+        """Forget all clusters of each stream but the first `count` (int64 `[S]`)."""
+        self.size[torch.arange(self.size.shape[1], device=count.device) >= count.unsqueeze(1)] = 0
+        self.count = count.clone()
+        self.width = int(count.max())
 
     def select(self, streams: torch.Tensor) -> None:
         """Keep `streams` (int64, repeats allowed) in this order. Repeated clusters have the same addresses."""
-        for name in (*self._PER_CLUSTER, "count", "threshold"):
+        for name in (*self._per_cluster, "count"):
             setattr(self, name, getattr(self, name)[streams])
+        for table in self.tables.values():
+            table.select(streams)
         self.width = int(self.count.max())
 
 

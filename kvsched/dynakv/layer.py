@@ -8,6 +8,7 @@ query retrieves.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -15,17 +16,29 @@ import numpy as np
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
-from kvsched_kernels import decode_attention, kmeans, members, moments, split_oversized, two_means
+from kvsched_kernels import (
+    cap_scores,
+    decode_attention,
+    members,
+    merge_parts,
+    moments,
+    softmax_weights,
+    two_means,
+)
 
 from ..attention import carry
 from ..config import DynaKVConfig
 from ..errors import InputError, UnsupportedModelError
-from .clusters import ClusterIndex, ranks
+from .clusters import ClusterIndex, Clusters, ranks
 from .dense import BATCH, WAITING, DenseTokens
-from .retrieval import places, retrieve
+from .policies import pages, policy_named
+from .retrieval import Retrieval, places
 from .storage import ClusterStorage
 
 Attention = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
+
+_AT_ONCE = 1024
+"""Groups of tokens that are summarised at once, which bounds the memory of copies padded to the largest."""
 
 
 class DynaKVLayer(CacheLayerMixin):
@@ -33,6 +46,10 @@ class DynaKVLayer(CacheLayerMixin):
 
     Rows of the batch and KV heads are streams, `S = batch x kv_heads`, each with clusters of its own. A token is an
     entry: its key (after RoPE) and value side by side. Padding is never kept.
+
+    Attributes:
+        splits: clusters of each stream that were split so far, int64 `[S]`.
+        moved: entries of each stream that splits moved to another place on flash, int64 `[S]`.
     """
 
     is_sliding = False
@@ -41,7 +58,9 @@ class DynaKVLayer(CacheLayerMixin):
     def __init__(self, config: DynaKVConfig, storage: ClusterStorage) -> None:
         super().__init__()
         self.config, self.storage = config, storage
-        self.steps = self.splits = 0
+        self.policy = policy_named(config.policy)(config)
+        self.steps = 0
+        self.splits = self.moved = torch.zeros(0, dtype=torch.long)
         self._seen = 0
         self._arrived: torch.Tensor | None = None
 
@@ -57,9 +76,13 @@ class DynaKVLayer(CacheLayerMixin):
 
     def _start(self, streams: int) -> None:
         config = self.config
-        self.index = ClusterIndex(streams, self._key_width, config.max_cluster_size, config.split_variance, self.device)
+        forms = self.policy.forms(self._key_width, self._width - self._key_width)
+        chained = self.policy.intake == "chain"
+        self.index = ClusterIndex(streams, forms, config.max_cluster_size, self.device, chained)
         self.dense = DenseTokens(streams, self._width, config.sinks, config.recent, self.dtype, self.device)
         self._streams = streams
+        self._grouped = self.index.count.clone()  # clusters that stay; those behind are grouped again with what follows
+        self.splits, self.moved = torch.zeros(2, streams, dtype=torch.long, device=self.device).unbind()
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -136,34 +159,72 @@ class DynaKVLayer(CacheLayerMixin):
             raise UnsupportedModelError("this model adds a position bias to attention, which DynaKV does not support.")
         batch, heads, _, dim = query.shape
         group = query.reshape(self._streams, heads // self._kv_heads, dim)
+        scaling = dim**-0.5 if scaling is None else scaling
         held = self.dense.used
-        entries, mask = self.dense.entries[:, held], self.dense.position[:, held] >= 0
+        entries, present = self.dense.entries[:, held], self.dense.position[:, held] >= 0
+        sinks = None if s_aux is None else s_aux.view(self._kv_heads, -1).repeat(batch, 1)
+        parts = [self._attend(group, entries, present, scaling, softcap, sinks)]
         if self.index.width:
-            retrieved, present = self._retrieve(group)
-            entries, mask = torch.cat([entries, retrieved], dim=1), torch.cat([mask, present], dim=1)
-        output = decode_attention(
-            group,
-            entries[..., : self._key_width],
-            entries[..., self._key_width :],
-            mask,
-            dim**-0.5 if scaling is None else scaling,
-            softcap,
-            None if s_aux is None else s_aux.view(self._kv_heads, -1).repeat(batch, 1),
-        )
+            parts += self._attend_clusters(group, scaling, softcap)
         self.steps += 1
-        return output.view(batch, 1, heads, -1)
+        return merge_parts(parts).to(query.dtype).view(batch, 1, heads, -1)
 
-    def _retrieve(self, query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The entries that `query` `[S, G, D]` needs: `[S, n, width]`, and bool `[S, n]` where there is one."""
-        found = retrieve(self.index, query, self.config.budget)
+    def _attend(
+        self, query: torch.Tensor, entries: torch.Tensor, present: torch.Tensor, *how: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        keys, values = entries[..., : self._key_width], entries[..., self._key_width :]
+        return decode_attention(query, keys, values, present, *how)
+
+    def _attend_clusters(
+        self, query: torch.Tensor, scaling: float, softcap: float | None
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Attention of `query` `[S, G, D]` over the clusters that it retrieves, and its estimate over the others."""
+        score = self.policy.score(query, self.index)
+        waiting = (self.dense.position[:, self.dense.waiting] >= 0).sum(1, keepdim=True)
+        found = self.policy.choose(score, self.index, (self.config.budget - waiting).clamp_min(0))
+        entries, present = self._retrieve(found)
+        exact = self._attend(query, entries, present, scaling, softcap)
+        if not self.policy.estimated:
+            return [exact]
+        return [exact, self._estimate(cap_scores(score * scaling, softcap), found, exact[1])]
+
+    def _retrieve(self, found: Retrieval) -> tuple[torch.Tensor, torch.Tensor]:
+        """The entries of clusters: `[S, n, width]`, and bool `[S, n]` where there is one."""
         self.storage.begin()
         slots = self._fetch(found.stream, found.cluster)
-        at = places(found.stream, found.size, self._streams)
+        at = places(found.stream, found.size, self._streams, found.kept)
         entries = torch.zeros(self._streams, at.width, self._width, dtype=self.dtype, device=self.device)
         entries[at.stream, at.column] = self._entries(slots[at.cluster], at.offset)
         present = torch.zeros(self._streams, at.width, dtype=torch.bool, device=self.device)
         present[at.stream, at.column] = True
         return entries, present
+
+    def _estimate(
+        self, score: torch.Tensor, found: Retrieval, total: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Attention over the clusters left out: each as `size` tokens with its mean key and mean value.
+
+        A mean key underrates its cluster, since exp is convex. By how much shows on the retrieved clusters, whose exact
+        sum is known: all others are corrected by the same factor, within [1/e, e].
+
+        Args:
+            score: float32 `[S, G, C]`, of mean keys.
+            total: `[S, G]`, log of the exact sum over the retrieved clusters.
+        """
+        size = self.index.size[:, : self.index.width]
+        score = score + size.float().log().unsqueeze(1)
+        taken = torch.zeros_like(size, dtype=torch.bool)
+        taken[found.stream, found.cluster] = True
+        left = score.masked_fill(taken.unsqueeze(1), float("-inf"))
+        if self.policy.estimated < 1:
+            best = left.sum(1).topk(math.ceil(self.policy.estimated * left.shape[-1]), dim=1).indices
+            left = left.masked_fill(torch.ones_like(taken).scatter_(1, best, False).unsqueeze(1), float("-inf"))
+        estimate = left.logsumexp(-1)
+        output = self.index.tables["value"].mix(softmax_weights(left, estimate))
+        if self.policy.corrects:
+            known = score.masked_fill(~taken.unsqueeze(1), float("-inf")).logsumexp(-1)
+            estimate = estimate + (total - known).nan_to_num(0.0).clamp(-1.0, 1.0)
+        return output, estimate
 
     def _take(self, entries: torch.Tensor, real: torch.Tensor) -> bool:
         """Take in the newest tokens `[S, q, width]`; those that `real` (bool `[S, q]`) does not mark are padding.
@@ -176,8 +237,11 @@ class DynaKVLayer(CacheLayerMixin):
         if left is None:
             return False
         entries, position = left
+        if self.policy.intake == "own":
+            self._group_alone(entries, position)
+            return False
         if int((position >= 0).sum(1).max()) > WAITING:
-            self._make_clusters(entries, position)
+            self._group(entries, position)
             return False
         for i, part in enumerate(zip(entries.split(BATCH, dim=1), position.split(BATCH, dim=1), strict=True)):
             if i > 0:
@@ -185,22 +249,90 @@ class DynaKVLayer(CacheLayerMixin):
             self.dense.wait(*part)
         return True
 
-    def _make_clusters(self, entries: torch.Tensor, position: torch.Tensor) -> None:
-        """Cluster tokens by themselves; a stream without clusters takes its threshold from them."""
-        keys, mask = entries[..., : self._key_width].float(), position >= 0
-        fresh = self.index.count == 0
-        count = (mask.sum(1) + self.config.cluster_size - 1) // self.config.cluster_size
-        label, count = split_oversized(keys, kmeans(keys, mask, count), count, self.config.max_cluster_size)
-        centroid, size, deviation = moments(keys, label, int(count.max()))
-        stream, cluster = size.nonzero(as_tuple=True)
-        token = members(label, stream, cluster, self.config.max_cluster_size).clamp_min(0)
+    def _group_alone(self, entries: torch.Tensor, position: torch.Tensor) -> None:
+        """Group tokens with those since the last `segment`, once there are enough of them; until then page by page."""
+        stream, cluster = self.index.clusters()
+        loose = cluster >= self._grouped[stream]
+        stream, cluster = stream[loose], cluster[loose]
+        held = torch.zeros_like(self._grouped).index_add_(0, stream, self.index.size[stream, cluster].long())
+        if self.index.width and int((held + (position >= 0).sum(1)).max()) < self.policy.segment:
+            self._create(entries, position, *pages(position >= 0, BATCH))
+            return
+        if len(stream):
+            before, there = self._collect(stream, cluster)
+            entries, position = torch.cat([before, entries], dim=1), torch.cat([there, position], dim=1)
+            self._free(stream, cluster)
+            self.index.truncate(self._grouped)
+        self._group(entries, position)
+        self._grouped = self.index.count.clone()
+
+    def _collect(self, stream: torch.Tensor, cluster: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The tokens of clusters by stream: entries `[S, n, width]`, position int64 `[S, n]`, -1 where none is."""
+        size = self.index.size[stream, cluster].long()
+        at = places(stream, size, self._streams)
+        entries = torch.zeros(self._streams, at.width, self._width, dtype=self.dtype, device=self.device)
+        position = torch.full((self._streams, at.width), -1, dtype=torch.long, device=self.device)
         for part in self.storage.rounds(len(stream)):
-            s, c, rows = stream[part], cluster[part], stream[part].unsqueeze(1)
-            address = self.storage.create(entries[rows, token[part]], to_host(size[s, c]))
-            self.index.create(
-                s, centroid[s, c], size[s, c], deviation[s, c], position[rows, token[part]], self._to_device(address)
-            )
-        self.index.calibrate(fresh)
+            slots = self._fetch(stream[part], cluster[part])
+            token = (at.cluster >= part.start) & (at.cluster < part.stop)
+            of, offset, row, column = at.cluster[token], at.offset[token], at.stream[token], at.column[token]
+            entries[row, column] = self._entries(slots[of - part.start], offset)
+            position[row, column] = self.index.position[row, cluster[of], offset].long()
+        return entries, position
+
+    def _group(self, entries: torch.Tensor, position: torch.Tensor) -> None:
+        """Make clusters of tokens by themselves, as the policy groups them."""
+        self._create(entries, position, *self.policy.group(entries[..., : self._key_width].float(), position >= 0))
+
+    def _create(
+        self,
+        entries: torch.Tensor,
+        position: torch.Tensor,
+        label: torch.Tensor,
+        groups: torch.Tensor,
+        chained: bool = False,
+    ) -> None:
+        """Make a cluster of each group; of a group too large for one, several with the vectors of the whole group.
+
+        Args:
+            entries: `[S, n, width]`, position: int64 `[S, n]`.
+            label: int64 `[S, n]`, -1 for tokens that are left out; groups: int64 `[S]`, how many.
+            chained: a group's number is that of a cluster whose chain it prolongs.
+        """
+        if not bool((label >= 0).any()):
+            return
+        keys, most = entries[..., : self._key_width].float(), self.config.max_cluster_size
+        _, size, deviation = moments(keys, label, int(groups.max()))
+        stream, group = size.nonzero(as_tuple=True)
+        size, deviation = size[stream, group], deviation[stream, group]
+        token = members(label, stream, group, int(size.max()))
+        parts = [
+            self._summarise(entries[stream[part].unsqueeze(1), token[part].clamp_min(0)], token[part] >= 0)
+            for part in torch.arange(len(stream), device=self.device).split(_AT_ONCE)
+        ]
+        vectors = {name: torch.cat([part[name] for part in parts]) for name in self.index.tables}
+
+        whole = torch.arange(len(stream), device=self.device).repeat_interleave((size + most - 1) // most)
+        link = ranks(whole)
+        column = (link * most).unsqueeze(1) + torch.arange(most, device=self.device)
+        token = token[whole.unsqueeze(1), column.clamp_max(token.shape[1] - 1)].clamp_min(0)
+        size = (size[whole] - column[:, 0]).clamp_max(most)
+        stream = stream[whole]
+        rows = stream.unsqueeze(1)
+        made = Clusters(
+            stream,
+            size,
+            deviation[whole],
+            {name: vector[whole] for name, vector in vectors.items()},
+            position[rows, token],
+        )
+        for part in self.storage.rounds(len(stream)):
+            address = self.storage.create(entries[rows[part], token[part]], to_host(size[part]))
+            self.index.create(made[part], self._to_device(address), link[part], group[whole[part]] if chained else None)
+
+    def _summarise(self, entries: torch.Tensor, mask: torch.Tensor) -> dict[str, torch.Tensor]:
+        entries = entries.float()
+        return self.policy.summarise(entries[..., : self._key_width], entries[..., self._key_width :], mask)
 
     def _settle(self) -> None:
         """Bring waiting tokens into their clusters until no more than `WAITING` wait in any stream (Algorithm 1)."""
@@ -209,16 +341,18 @@ class DynaKVLayer(CacheLayerMixin):
             waiting = self.dense.position[:, self.dense.waiting] >= 0
             over = waiting.sum(1) > WAITING
             if not over.any():
-                return
+                break
             first = over & (self.index.count == 0)
             if first.any():
                 taken = waiting & first.unsqueeze(1)
                 region = self.dense.waiting
                 position = torch.where(taken, self.dense.position[:, region], -1)
-                self._make_clusters(self.dense.entries[:, region], position)
+                self._group(self.dense.entries[:, region], position)
                 self.dense.end_wait(*taken.nonzero(as_tuple=True))
             else:
                 self._load_fullest(over)
+        if self.policy.intake == "split":
+            self._split_widest()
 
     def _waiting_clusters(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Stream, column in the waiting region and nearest cluster of each waiting token, where there are clusters."""
@@ -228,19 +362,19 @@ class DynaKVLayer(CacheLayerMixin):
         if len(stream) == 0:
             return stream, column, column
         keys = self.dense.entries[:, region, : self._key_width].float()
-        return stream, column, self.index.nearest(keys)[stream, column]
+        return stream, column, self.index.tail(stream, self.policy.nearest(keys, self.index)[stream, column])
 
     def _append_to_resident(self) -> None:
-        """Append waiting tokens to clusters that are in DRAM, and split those that got too wide or have no room."""
+        """Append waiting tokens to clusters that are in DRAM, and split those without room for them."""
         while True:
             stream, column, cluster = self._waiting_clusters()
             here = self.storage.resident(to_host(self.index.address[stream, cluster]))
             stream, column, cluster = (x[self._to_device(here)] for x in (stream, column, cluster))
             if len(stream) == 0:
                 return
-            group, of = torch.unique(stream * self.index.width + cluster, return_inverse=True)
             width = self.index.width
-            offset = self.index.size[stream, cluster] + ranks(of)
+            group, of = torch.unique(stream * width + cluster, return_inverse=True)
+            offset = self.index.size[stream, cluster].long() + ranks(of)
             fits = offset < self.config.max_cluster_size
             full = torch.zeros(len(group), dtype=torch.bool, device=self.device).index_fill_(0, of[~fits], True)
             for part in self.storage.rounds(len(group)):
@@ -248,10 +382,27 @@ class DynaKVLayer(CacheLayerMixin):
                 slots = self._fetch(s, c)
                 some = fits & (of >= part.start) & (of < part.stop)
                 self._append(stream[some], column[some], cluster[some], offset[some], slots[of[some] - part.start])
-                split = full[part] | self.index.too_wide(s, c)
-                self._split(s[split], c[split], slots[split])
+                if self.policy.intake == "split":
+                    self._refresh(s, c, slots)
+                    self._split(s[full[part]], c[full[part]], slots[full[part]])
+            if self.policy.intake == "chain":
+                self._prolong(stream, column, self.index.parent[stream, cluster].long(), fits)
+                return
             if fits.all():
                 return
+
+    def _prolong(
+        self, stream: torch.Tensor, column: torch.Tensor, parent: torch.Tensor, appended: torch.Tensor
+    ) -> None:
+        """Let chains follow the tokens that join them; those that were not `appended` make further clusters."""
+        region = self.dense.waiting
+        entries, position = self.dense.entries[:, region], self.dense.position[:, region]
+        label = torch.full(position.shape, -1, dtype=torch.long, device=self.device)
+        label[stream[~appended], column[~appended]] = parent[~appended]
+        self._create(entries, position, label, self.index.count, chained=True)
+        self.dense.end_wait(stream[~appended], column[~appended])
+        label[stream, column] = parent
+        self.index.follow(entries[..., : self._key_width].float(), label)
 
     def _append(
         self,
@@ -264,30 +415,67 @@ class DynaKVLayer(CacheLayerMixin):
         entries = self.dense.entries[:, self.dense.waiting][stream, column]
         position = self.dense.position[:, self.dense.waiting][stream, column]
         self.storage.append(to_host(slots), to_host(offset), entries)
-        self.index.append(stream, cluster, offset, entries[:, : self._key_width].float(), position)
+        self.index.position[stream, cluster, offset] = position.to(self.index.position)
+        size = torch.bincount(stream * self.index.width + cluster, minlength=self._streams * self.index.width)
+        self.index.size[:, : self.index.width] += size.view(self._streams, -1).to(self.index.size)
         self.dense.end_wait(stream, column)
+
+    def _refresh(self, stream: torch.Tensor, cluster: torch.Tensor, slots: torch.Tensor) -> None:
+        """Take what the index keeps of clusters that grew from their entries, so that no rounding adds up."""
+        size = self.index.size[stream, cluster].long()
+        each = torch.arange(self.config.max_cluster_size, device=self.device)
+        entries, mask = self._entries(slots.unsqueeze(1), each), each < size.unsqueeze(1)
+        vectors = self._summarise(entries, mask)
+        label = torch.where(mask, 0, -1)
+        _, _, deviation = moments(entries[..., : self._key_width].float(), label, 1)
+        position = self.index.position[stream, cluster]
+        self.index.replace(cluster, Clusters(stream, size, deviation[:, 0], vectors, position))
+
+    def _split_widest(self) -> None:
+        """Split clusters in DRAM until there is one for `cluster_size` tokens, those with the largest deviation first.
+
+        So the threshold tau of a head, which the paper leaves open, is the deviation above which there is room for its
+        clusters in an index of the size wanted. A wide cluster on flash keeps its rank until a query brings it.
+        """
+        room = (self.index.tokens / self.policy.cluster_size).long() - self.index.count
+        if not (room > 0).any():
+            return
+        stream, cluster = self.index.clusters()
+        here = self._to_device(self.storage.resident(to_host(self.index.address[stream, cluster])))
+        worth = torch.zeros_like(self.index.deviation, dtype=torch.float32)
+        worth[stream[here], cluster[here]] = self.index.deviation[stream[here], cluster[here]].float()
+        worth[self.index.size < 2] = 0.0
+        best = worth.topk(min(int(room.max()), worth.shape[1]), dim=1)
+        rank = torch.arange(best.indices.shape[1], device=self.device)
+        stream, column = ((rank < room.unsqueeze(1)) & (best.values > 0)).nonzero(as_tuple=True)
+        cluster = best.indices[stream, column]
+        for part in self.storage.rounds(len(stream)):
+            self._split(stream[part], cluster[part], self._fetch(stream[part], cluster[part]))
 
     def _split(self, stream: torch.Tensor, cluster: torch.Tensor, slots: torch.Tensor) -> None:
         """Split clusters that lie in `slots`: the first half keeps its place, the second becomes a new cluster."""
         if len(stream) == 0:
             return
-        each = torch.arange(self.config.max_cluster_size, device=self.device)
-        keys = self._entries(slots.unsqueeze(1), each)[..., : self._key_width].float()
-        mask = each < self.index.size[stream, cluster].unsqueeze(1)
-        second = two_means(keys, mask)
-        half = torch.where(mask, second.long(), -1)
-        centroid, size, deviation = moments(keys, half, 2)
+        most = self.config.max_cluster_size
+        each = torch.arange(most, device=self.device)
+        entries = self._entries(slots.unsqueeze(1), each).float()
+        keys, mask = entries[..., : self._key_width], each < self.index.size[stream, cluster].unsqueeze(1)
+        half = torch.where(mask, two_means(keys, mask).long(), -1)
+        _, size, deviation = moments(keys, half, 2)
 
         order = torch.where(mask, half, 2).argsort(dim=1, stable=True)
         address = self.storage.split(to_host(slots), to_host(order), to_host(size))
         position = self.index.position[stream, cluster].gather(1, order)
-        self.index.replace(stream, cluster, centroid[:, 0], size[:, 0], deviation[:, 0], position)
+        first = Clusters(stream, size[:, 0], deviation[:, 0], self._summarise(entries, half == 0), position)
+        self.index.replace(cluster, first)
 
-        behind = (each + size[:, :1]).clamp_max(self.config.max_cluster_size - 1)
-        self.index.create(
-            stream, centroid[:, 1], size[:, 1], deviation[:, 1], position.gather(1, behind), self._to_device(address)
-        )
-        self.splits += len(stream)
+        behind = (each + size[:, :1]).clamp_max(most - 1)
+        vectors = self._summarise(entries, half == 1)
+        second = Clusters(stream, size[:, 1], deviation[:, 1], vectors, position.gather(1, behind))
+        self.index.create(second, self._to_device(address))
+        self.splits.index_add_(0, stream, torch.ones_like(stream))
+        shifted = (order != each) & (each < size[:, :1])
+        self.moved.index_add_(0, stream, shifted.sum(1) + size[:, 1])
 
     def _load_fullest(self, over: torch.Tensor) -> None:
         """For the streams marked in `over`, fetch the cluster that most tokens wait for."""
@@ -318,14 +506,10 @@ class DynaKVLayer(CacheLayerMixin):
         stream, column = (held >= 0).nonzero(as_tuple=True)
         entries[stream, held[stream, column]] = self.dense.entries[stream, column]
         present[stream, held[stream, column]] = True
-        streams, clusters = self.index.clusters()
-        for part in self.storage.rounds(len(streams)):
-            stream, cluster = streams[part], clusters[part]
-            slots = self._fetch(stream, cluster)
-            at = places(stream, self.index.size[stream, cluster].long(), self._streams)
-            position = self.index.position[at.stream, cluster[at.cluster], at.offset].long()
-            entries[at.stream, position] = self._entries(slots[at.cluster], at.offset)
-            present[at.stream, position] = True
+        clustered, position = self._collect(*self.index.clusters())
+        stream, column = (position >= 0).nonzero(as_tuple=True)
+        entries[stream, position[stream, column]] = clustered[stream, column]
+        present[stream, position[stream, column]] = True
         return entries, present
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -398,6 +582,7 @@ class DynaKVLayer(CacheLayerMixin):
         self._free(stream[gone], cluster[gone])
         self.index.select(streams)
         self.dense.select(streams)
+        self._grouped, self.splits, self.moved = self._grouped[streams], self.splits[streams], self.moved[streams]
         self._streams = len(streams)
 
         # The first copy of a row keeps the clusters; each further one gets clusters of its own.
@@ -410,7 +595,7 @@ class DynaKVLayer(CacheLayerMixin):
                 slots = self._fetch(s, c)
                 each = torch.arange(self.config.max_cluster_size, device=self.device)
                 address = self.storage.create(self._entries(slots.unsqueeze(1), each), to_host(self.index.size[s, c]))
-                self.index.address[s, c] = self._to_device(address)
+                self.index.address[s, c] = self._to_device(address).to(self.index.address)
 
     def _free(self, stream: torch.Tensor, cluster: torch.Tensor) -> None:
         self.storage.free(to_host(self.index.address[stream, cluster]))

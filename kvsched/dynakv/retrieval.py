@@ -1,14 +1,10 @@
-"""Which clusters a query needs, and where their entries go in a dense batch."""
+"""What a query was given to attend to: the clusters that were chosen, and where their entries go in a dense batch."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import torch
-
-from kvsched_kernels import choose_clusters, cluster_scores
-
-from .clusters import ClusterIndex
 
 
 @dataclass(frozen=True)
@@ -18,19 +14,27 @@ class Retrieval:
     Args:
         stream, cluster: which.
         size: tokens in each.
+        kept: bool `[N, max_size]`, the tokens that take part in attention; `None` for all of them.
     """
 
     stream: torch.Tensor
     cluster: torch.Tensor
     size: torch.Tensor
+    kept: torch.Tensor | None = None
+
+    @classmethod
+    def of(cls, chosen: torch.Tensor, size: torch.Tensor) -> Retrieval:
+        """What bool `chosen` `[S, C]` marks, with integer sizes `[S, C]`."""
+        stream, cluster = chosen.nonzero(as_tuple=True)
+        return cls(stream, cluster, size[stream, cluster].long())
 
 
 @dataclass(frozen=True)
 class Places:
-    """For every retrieved token, in the order of the clusters, int64 `[T]`.
+    """For every token of some clusters, in the order of the clusters, int64 `[T]`.
 
     Args:
-        cluster: index into the retrieval.
+        cluster: index into the clusters.
         offset: place inside the cluster.
         stream, column: place in a batch of `[S, width]` tokens that is packed to the left.
         width: tokens of the fullest stream.
@@ -43,21 +47,18 @@ class Places:
     width: int
 
 
-def retrieve(index: ClusterIndex, query: torch.Tensor, budget: int) -> Retrieval:
-    """The clusters that score highest for `query` `[S, G, D]`, at most `budget` tokens for each stream."""
-    size = index.size[:, : index.width]
-    chosen = choose_clusters(cluster_scores(query, index.centroid[:, : index.width]), size, budget)
-    stream, cluster = chosen.nonzero(as_tuple=True)
-    return Retrieval(stream, cluster, size[stream, cluster].long())
+def places(stream: torch.Tensor, size: torch.Tensor, streams: int, kept: torch.Tensor | None = None) -> Places:
+    """Where the tokens of clusters go that belong to `stream` `[N]` (ascending) and hold `size` `[N]` tokens.
 
-
-def places(stream: torch.Tensor, size: torch.Tensor, streams: int) -> Places:
-    """Where the tokens of clusters go that belong to `stream` `[N]` (ascending) and hold `size` `[N]` tokens."""
+    Of these only the tokens that `kept` (bool `[N, max_size]`) marks get a place, if it is given.
+    """
     total = int(size.sum())
     cluster = torch.arange(len(size), device=size.device).repeat_interleave(size, output_size=total)
-    token = torch.arange(total, device=size.device)
-    offset = token - (size.cumsum(0) - size)[cluster]
-    per_stream = torch.zeros(streams, dtype=torch.long, device=size.device).index_add_(0, stream, size)
+    offset = torch.arange(total, device=size.device) - (size.cumsum(0) - size)[cluster]
+    if kept is not None:
+        inside = kept[cluster, offset]
+        cluster, offset = cluster[inside], offset[inside]
     of = stream[cluster]
-    column = token - (per_stream.cumsum(0) - per_stream)[of]
+    per_stream = torch.bincount(of, minlength=streams)
+    column = torch.arange(len(of), device=size.device) - (per_stream.cumsum(0) - per_stream)[of]
     return Places(cluster, offset, of, column, int(per_stream.max()))

@@ -15,7 +15,7 @@ from kvsched.dynakv.layer import DynaKVLayer
 from kvsched.errors import ConfigError, FlashError, InputError, UnsupportedModelError
 
 # Small enough that clusters are made, split, evicted and read again within a few hundred tokens.
-OPTIONS = {"budget": 10_000, "sinks": 4, "recent": 12, "cluster_size": 6, "max_cluster_size": 12}
+OPTIONS = {"budget": 10_000, "sinks": 4, "recent": 12, "cluster_size": 3.5, "max_cluster_size": 12}
 
 
 @pytest.fixture

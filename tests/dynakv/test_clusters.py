@@ -1,89 +1,90 @@
-"""The index's bookkeeping against float64."""
+"""The index's bookkeeping against plain records."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from kvsched.dynakv.clusters import ClusterIndex, ranks
+from kvsched.dynakv.clusters import ClusterIndex, Clusters, ranks
 
 DIM, MAX_SIZE = 8, 12
 
 
-def new_index(points: torch.Tensor, split_variance: float = 1.0) -> ClusterIndex:
+def draw(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def clusters(stream: torch.Tensor, keys: torch.Tensor, size: int = 1) -> Clusters:
+    sizes = torch.full((len(stream),), size)
+    position = torch.arange(len(stream)).unsqueeze(1).expand(-1, MAX_SIZE)
+    return Clusters(stream, sizes, keys.square().sum(1), {"key": keys}, position)
+
+
+def new_index(points: torch.Tensor, chained: bool = False) -> ClusterIndex:
     """One cluster of one token in each stream for each of `points` `[S, C, D]`."""
-    streams, clusters, _ = points.shape
-    index = ClusterIndex(streams, DIM, MAX_SIZE, split_variance, torch.device("cpu"))
-    stream = torch.arange(streams).repeat_interleave(clusters)
-    flat = points.reshape(-1, DIM)
-    position = torch.zeros(len(flat), MAX_SIZE, dtype=torch.long)
-    one = torch.ones(len(flat), dtype=torch.long)
-    index.create(stream, flat, one, torch.zeros(len(flat)), position, torch.arange(len(flat)))
+    streams, count, _ = points.shape
+    index = ClusterIndex(streams, {"key": (DIM, 32)}, MAX_SIZE, torch.device("cpu"), chained)
+    stream = torch.arange(streams).repeat_interleave(count)
+    index.create(clusters(stream, points.reshape(-1, DIM)), torch.arange(len(stream)))
     return index
 
 
-@settings(max_examples=60, deadline=None)
-@given(st.lists(st.integers(0, 5), min_size=1, max_size=60), st.integers(1, 9), st.sampled_from([0.0, 200.0]))
-def test_moments_stay_exact_over_many_appends(sequence, batch, offset):
-    draw = torch.Generator().manual_seed(len(sequence))
-    seeds = torch.randn(2, 3, DIM, generator=draw) + offset
-    index = new_index(seeds)
-    own = {(s, c): [seeds[s, c]] for s in range(2) for c in range(3)}
-    for start in range(0, len(sequence), batch):
-        flat = torch.tensor(sequence[start : start + batch])
-        stream, cluster = flat // 3, flat % 3
-        offsets = index.size[stream, cluster] + ranks(flat)
-        room = offsets < MAX_SIZE
-        stream, cluster, offsets = stream[room], cluster[room], offsets[room]
-        if len(stream) == 0:
-            continue
-        keys = torch.randn(len(stream), DIM, generator=draw) + offset
-        index.append(stream, cluster, offsets, keys, torch.arange(len(stream)))
-        for s, c, key in zip(stream.tolist(), cluster.tolist(), keys, strict=True):
-            own[s, c].append(key)
-    for (s, c), keys in own.items():
-        exact = torch.stack(keys).double()
-        assert index.size[s, c] == len(exact)
-        torch.testing.assert_close(index.centroid[s, c].double(), exact.mean(0), atol=1e-4, rtol=1e-6)
-        deviation = (exact - exact.mean(0)).square().sum()
-        torch.testing.assert_close(index.deviation[s, c].double(), deviation, atol=1e-3, rtol=1e-4)
-
-
-def test_threshold_is_the_heads_own_mean_variance():
-    index = new_index(torch.zeros(2, 2, DIM), split_variance=1.5)
-    assert torch.isinf(index.threshold).all()
-    stream, cluster = torch.tensor([0, 1]), torch.tensor([0, 1])
-    keys = torch.stack([torch.full((DIM,), 2.0), torch.full((DIM,), 6.0)])
-    index.append(stream, cluster, torch.tensor([1, 1]), keys, torch.tensor([1, 1]))
-    # Variance of {0, x} is (x / 2)^2 per channel; the other cluster of each head has none.
-    index.calibrate(torch.tensor([True, True]))
-    expected = torch.tensor([1.5 * DIM * 1.0 / 2, 1.5 * DIM * 9.0 / 2])
-    torch.testing.assert_close(index.threshold, expected)
-    assert index.too_wide(stream, cluster).tolist() == [True, True]
-    assert not index.too_wide(stream, 1 - cluster).any()
-    index.calibrate(torch.tensor([False, False]))
-    torch.testing.assert_close(index.threshold, expected)
-
-
 def test_growing_keeps_what_is_there_and_selecting_repeats_it():
-    points = torch.randn(2, 3, DIM, generator=torch.Generator().manual_seed(0))
+    points, more = draw(2, 3, DIM), draw(100, DIM, seed=1)
     index = new_index(points)
-    more = torch.randn(40, DIM, generator=torch.Generator().manual_seed(1))
-    one = torch.ones(40, dtype=torch.long)
-    numbers = index.create(one, more, one, torch.zeros(40), torch.zeros(40, MAX_SIZE), torch.arange(100, 140))
-    assert numbers.tolist() == list(range(3, 43))
-    assert index.count.tolist() == [3, 43]
-    assert torch.equal(index.centroid[:, :3], points)
-    assert torch.equal(index.centroid[1, 3:43], more)
+    numbers = index.create(clusters(torch.ones(100, dtype=torch.long), more), torch.arange(100, 200))
+    assert numbers.tolist() == list(range(3, 103))
+    assert index.count.tolist() == index.tokens.tolist() == [3, 103]
+    keys = index.tables["key"].read(index.width)
+    assert torch.equal(keys[:, :3], points)
+    assert torch.equal(keys[1, 3:], more)
+    assert index.address[1, 3:103].tolist() == list(range(100, 200))
     index.select(torch.tensor([1, 0, 1]))
-    assert index.count.tolist() == [43, 3, 43]
+    assert index.count.tolist() == [103, 3, 103]
     assert torch.equal(index.address[0], index.address[2])
-    assert torch.equal(index.centroid[1, :3], points[0])
-    assert index.nearest(more[None, :5].expand(3, -1, -1)).tolist()[2] == [3, 4, 5, 6, 7]
+    assert torch.equal(index.tables["key"].read(index.width)[1, :3], points[0])
     index.select(torch.tensor([1]))
     assert index.width == 3
+
+
+def test_truncating_forgets_the_newest():
+    index = new_index(draw(2, 5, DIM))
+    index.truncate(torch.tensor([2, 4]))
+    assert index.count.tolist() == index.tokens.tolist() == [2, 4]
+    assert [x.tolist() for x in index.clusters()] == [[0, 0, 1, 1, 1, 1], [0, 1, 0, 1, 2, 3]]
+    assert index.create(clusters(torch.tensor([0]), draw(1, DIM)), torch.tensor([9])).tolist() == [2]
+
+
+def test_replacing_leaves_the_address():
+    index = new_index(draw(1, 4, DIM))
+    key = draw(1, DIM, seed=3)
+    index.replace(torch.tensor([2]), clusters(torch.tensor([0]), key, size=7))
+    assert index.size[0, :4].tolist() == [1, 1, 7, 1]
+    assert index.address[0, :4].tolist() == [0, 1, 2, 3]
+    assert torch.equal(index.tables["key"].read(4)[0, 2], key[0])
+
+
+@pytest.mark.parametrize("offset", [0.0, 200.0])
+def test_chains_share_a_running_mean(offset):
+    seeds = draw(2, 3, DIM) + offset
+    index = new_index(seeds, chained=True)
+    own = {(s, c): [seeds[s, c]] for s in range(2) for c in range(3)}
+    for step in range(20):
+        keys, label = draw(2, 4, DIM, seed=step) + offset, (torch.arange(8) + step).view(2, 4) % 4 - 1
+        for s, c, key in zip([0] * 4 + [1] * 4, label.flatten().tolist(), keys.reshape(-1, DIM), strict=True):
+            if c >= 0:
+                own[s, c].append(key)
+        stream, column = (label >= 0).nonzero(as_tuple=True)
+        parent = label[stream, column]
+        index.create(clusters(stream, keys[stream, column]), torch.arange(len(stream)), parent=parent)
+        index.follow(keys, label)
+        assert torch.equal(index.tail(stream, parent), index.tail(stream, index.tail(stream, parent)))
+    keys = index.tables["key"].read(index.width)
+    for (s, c), members in own.items():
+        assert int((index.parent[s, : index.count[s]] == c).sum()) == len(members)
+        mean = torch.stack(members).double().mean(0)
+        for block in (index.parent[s, : index.count[s]] == c).nonzero().flatten().tolist():
+            torch.testing.assert_close(keys[s, block].double(), mean, atol=1e-4, rtol=1e-6)
 
 
 @pytest.mark.parametrize("values", [[], [4], [2, 2, 7, 2, 7, 0]])

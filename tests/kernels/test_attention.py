@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvsched_kernels import decode_attention
+from kvsched_kernels import decode_attention, merge_parts
 
 
 def reference(query, key, value, mask, scaling, softcap, sinks):
@@ -43,7 +43,10 @@ def test_matches_float64(streams, group, tokens, dim, softcap, with_sinks, seed)
     mask[:, -1] = True
     sinks = torch.randn(streams, group, generator=draw) if with_sinks else None
     key[~mask], value[~mask] = 1e4, -1e4
-    got = decode_attention(query, key, value, mask, dim**-0.5, softcap, sinks)
+    cut = tokens // 2
+    first = decode_attention(query, key[:, :cut], value[:, :cut], mask[:, :cut], dim**-0.5, softcap)
+    second = decode_attention(query, key[:, cut:], value[:, cut:], mask[:, cut:], dim**-0.5, softcap, sinks)
+    got = merge_parts([first, second])
     torch.testing.assert_close(
         got.double(), reference(query, key, value, mask, dim**-0.5, softcap, sinks), atol=1e-5, rtol=1e-5
     )
@@ -54,7 +57,14 @@ def test_half_precision_is_computed_in_float32(dtype):
     draw = torch.Generator().manual_seed(1)
     query, key, value = (torch.randn(2, n, 16, generator=draw).to(dtype) for n in (3, 50, 50))
     mask = torch.ones(2, 50, dtype=torch.bool)
-    got = decode_attention(query, key, value, mask, 0.25)
-    assert got.dtype == dtype
-    expected = reference(query, key, value, mask, 0.25, None, None)
-    torch.testing.assert_close(got.double(), expected, atol=0, rtol=torch.finfo(dtype).eps)
+    got, _ = decode_attention(query, key, value, mask, 0.25)
+    torch.testing.assert_close(got.double(), reference(query, key, value, mask, 0.25, None, None), atol=1e-6, rtol=1e-5)
+
+
+def test_nothing_to_attend_to_gives_zeros():
+    query, key = torch.randn(2, 3, 8), torch.randn(2, 5, 8)
+    part = decode_attention(query, key, key, torch.zeros(2, 5, dtype=torch.bool), 1.0)
+    assert torch.equal(merge_parts([part, part]), torch.zeros(2, 3, 8))
+    assert torch.isinf(
+        decode_attention(query, key[:, :0], key[:, :0], torch.zeros(2, 0, dtype=torch.bool), 1.0)[1]
+    ).all()

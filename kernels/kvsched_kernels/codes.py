@@ -1,0 +1,47 @@
+"""Vectors in a few bits a channel: packed, and multiplied without being unpacked as a whole."""
+
+from __future__ import annotations
+
+import torch
+
+
+def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Codes below `2 ** bits` in bytes: uint8 `[..., D]` to uint8 `[..., ceil(D * bits / 8)]`.
+
+    Byte j holds channels j, j + W, j + 2 W, ... of W bytes, lowest bits first, so that each part of the channels is
+    read by one shift and one mask.
+
+    Args:
+        bits: 2, 4 or 8.
+    """
+    parts = 8 // bits
+    width = -(-codes.shape[-1] // parts)
+    codes = torch.nn.functional.pad(codes, (0, parts * width - codes.shape[-1]))
+    packed = codes[..., :width].clone()
+    for part in range(1, parts):
+        packed |= codes[..., part * width : (part + 1) * width] << (part * bits)
+    return packed
+
+
+def unpack(packed: torch.Tensor, bits: int, dim: int) -> torch.Tensor:
+    """The inverse of `pack`: uint8 `[..., dim]`."""
+    return torch.cat([_part(packed, bits, part) for part in range(8 // bits)], dim=-1)[..., :dim]
+
+
+def dot(query: torch.Tensor, packed: torch.Tensor, bits: int) -> torch.Tensor:
+    """Products of queries with codes: float32 `[S, G, C]` for `query` `[S, G, D]` and `packed` `[S, C, W]`."""
+    total = None
+    for part, piece in enumerate(query.float().split(packed.shape[-1], dim=-1)):
+        codes = _part(packed, bits, part)[..., : piece.shape[-1]].float().transpose(1, 2)
+        total = torch.bmm(piece, codes) if total is None else total.baddbmm_(piece, codes)
+    assert total is not None
+    return total
+
+
+def mix(weight: torch.Tensor, packed: torch.Tensor, bits: int, dim: int) -> torch.Tensor:
+    """Sums of codes: float32 `[S, G, dim]` for float32 `weight` `[S, G, C]` and `packed` `[S, C, W]`."""
+    return torch.cat([torch.bmm(weight, _part(packed, bits, part).float()) for part in range(8 // bits)], -1)[..., :dim]
+
+
+def _part(packed: torch.Tensor, bits: int, part: int) -> torch.Tensor:
+    return packed if bits == 8 else (packed >> (part * bits)) & (2**bits - 1)

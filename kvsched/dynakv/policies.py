@@ -1,0 +1,251 @@
+"""Which tokens lie together, and which of these groups a query needs: DynaKV's way, and those it is compared with.
+
+A policy is a subclass of `Policy` that overrides what it does differently, entered in `POLICIES`; the layer does the
+rest (waiting, storage, attention). All are given the same budget of tokens, the same sinks and the same recent window.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+
+from kvsched_kernels import choose_clusters, divide, kmeans, nearest
+
+from ..config import DynaKVConfig
+from ..errors import ConfigError
+from .clusters import ClusterIndex
+from .dense import BATCH
+from .retrieval import Retrieval
+
+Vectors = dict[str, torch.Tensor]
+
+
+class Policy:
+    """Groups of about `cluster_size` tokens by k-means, each with its mean key; the base of all others.
+
+    Attributes:
+        cluster_size: mean tokens in a group, unless the configuration names another.
+        intake: what becomes of tokens that leave the recent window. `own`: every `segment` of them are grouped by
+            themselves; until then every 16 of them make a group. `split`: each joins the nearest group, and the widest
+            groups are split. `chain`: each joins the nearest group, which grows without end.
+        segment: a multiple of 16.
+        estimated: share of the groups left out, best scores first, that take part by their size and mean value.
+        corrects: the estimate is scaled by what it missed in the groups that were fetched.
+        dense_layers: first layers whose tokens all take part and stay in DRAM.
+    """
+
+    cluster_size: float = 16
+    intake: Literal["own", "split", "chain"] = "own"
+    segment: int = 512
+    estimated: float = 0.0
+    corrects: bool = False
+    dense_layers: int = 0
+
+    def __init__(self, config: DynaKVConfig) -> None:
+        self.config = config
+        self.cluster_size = self.cluster_size if config.cluster_size is None else config.cluster_size
+
+    def forms(self, dim: int, value_dim: int) -> Mapping[str, tuple[int, int]]:
+        """What the index keeps of a group, by name: how many numbers, and in how many bits each (2, 4, 8, 16, 32)."""
+        return {"key": (dim, 16)}
+
+    def group(self, keys: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Group tokens that come together.
+
+        Args:
+            keys: float32 `[S, n, D]`.
+            mask: bool `[S, n]`, True for those to group.
+
+        Returns:
+            label int64 `[S, n]`, -1 where masked, and groups of each stream, int64 `[S]`; no group is empty.
+        """
+        count = torch.ceil(mask.sum(1) / self.cluster_size).long()
+        return kmeans(keys, mask, count), count
+
+    def summarise(self, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor) -> Vectors:
+        """What the index keeps of N groups, `[N, numbers]` for each name in `forms`.
+
+        Args:
+            keys: float32 `[N, m, D]`, values: float32 `[N, m, Dv]`.
+            mask: bool `[N, m]`, True where there is a token.
+        """
+        return {"key": masked_mean(keys, mask)}
+
+    def nearest(self, keys: torch.Tensor, index: ClusterIndex) -> torch.Tensor:
+        """The group that each of `keys` (float32 `[S, m, D]`) would join: int64 `[S, m]`."""
+        return nearest(keys, index.tables["key"].read(index.width), index.size[:, : index.width] > 0)[0]
+
+    def score(self, query: torch.Tensor, index: ClusterIndex) -> torch.Tensor:
+        """Score of each group for each query head, float32 `[S, G, C]` for `[S, G, D]`: query times mean key."""
+        return index.tables["key"].dot(query, index.width)
+
+    def choose(self, score: torch.Tensor, index: ClusterIndex, budget: torch.Tensor) -> Retrieval:
+        """The groups to fetch: highest sum of scores over the query heads first.
+
+        Args:
+            score: what `score` gave.
+            budget: int64 `[S, 1]`, tokens.
+        """
+        size = index.size[:, : index.width]
+        return Retrieval.of(choose_clusters(score.sum(1), size, budget), size)
+
+
+class DynaKV(Policy):
+    """Clusters that follow the decode; the mean keys in 4 bits, the mean values in 2, so that there can be many."""
+
+    cluster_size = 2.75
+    intake = "split"
+    estimated = 1.0
+    corrects = True
+
+    def forms(self, dim: int, value_dim: int) -> Mapping[str, tuple[int, int]]:
+        return {"key": (dim, 4), "value": (value_dim, 2)}
+
+    def group(self, keys: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """k-means for an eighth of the clusters, then splits, which cost less than k-means for all of them."""
+        wanted = torch.ceil(mask.sum(1) / self.cluster_size).long()
+        count = torch.ceil(wanted / 8).long()
+        return divide(keys, kmeans(keys, mask, count), count, wanted, self.config.max_cluster_size)
+
+    def summarise(self, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor) -> Vectors:
+        return {"key": masked_mean(keys, mask), "value": masked_mean(values, mask)}
+
+
+class Static(Policy):
+    """After "static update" of the DynaKV paper: the prompt's clusters, which new keys join by a running mean."""
+
+    intake = "chain"
+
+    def forms(self, dim: int, value_dim: int) -> Mapping[str, tuple[int, int]]:
+        return {"key": (dim, 32)}
+
+
+class Local(Policy):
+    """After "local update" of the DynaKV paper: every 512 new tokens are clustered by themselves."""
+
+
+class RetroInfer(Policy):
+    """RetroInfer: spherical clusters of centred keys, 1 for 16 tokens, every 1,024; an estimate for the next 23.2 %."""
+
+    segment = 1024
+    estimated = 0.232
+
+    def forms(self, dim: int, value_dim: int) -> Mapping[str, tuple[int, int]]:
+        return {"key": (dim, 16), "value": (value_dim, 16)}
+
+    def group(self, keys: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        centred = keys - masked_mean(keys, mask).unsqueeze(1)
+        labels, counts = [], torch.zeros(len(keys), dtype=torch.long, device=keys.device)
+        for part, inside in zip(centred.split(8192, dim=1), mask.split(8192, dim=1), strict=True):
+            label, count = super().group(torch.nn.functional.normalize(part, dim=-1), inside)
+            labels.append(torch.where(inside, label + counts.unsqueeze(1), -1))
+            counts = counts + count
+        return torch.cat(labels, dim=1), counts
+
+    def summarise(self, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor) -> Vectors:
+        return {"key": masked_mean(keys, mask), "value": masked_mean(values, mask)}
+
+
+class ClusterKV(Policy):
+    """ClusterKV: clusters by cosine, one for 80 tokens of the prompt and 8 for 320 new ones; two dense layers."""
+
+    cluster_size = 80
+    segment = 320
+    dense_layers = 2
+    _NEW = 40
+
+    def group(self, keys: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        size = self._NEW if keys.shape[1] <= self.segment + BATCH else self.cluster_size
+        count = torch.ceil(mask.sum(1) / size).long()
+        return kmeans(torch.nn.functional.normalize(keys, dim=-1), mask, count, iterations=20), count
+
+
+class Quest(Policy):
+    """Quest: pages of 16 tokens with the least and greatest number in each channel, scored by the bound on q.k."""
+
+    segment = BATCH
+    dense_layers = 2
+
+    def forms(self, dim: int, value_dim: int) -> Mapping[str, tuple[int, int]]:
+        return {"low": (dim, 16), "high": (dim, 16)}
+
+    def group(self, keys: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return pages(mask, self.cluster_size)
+
+    def summarise(self, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor) -> Vectors:
+        out = ~mask.unsqueeze(-1)
+        low, high = keys.masked_fill(out, float("inf")), keys.masked_fill(out, float("-inf"))
+        return {"low": low.amin(1), "high": high.amax(1)}
+
+    def score(self, query: torch.Tensor, index: ClusterIndex) -> torch.Tensor:
+        low, high = index.tables["low"], index.tables["high"]
+        return low.dot(query.clamp_max(0), index.width) + high.dot(query.clamp_min(0), index.width)
+
+
+class TokenTopK(Policy):
+    """No clusters: exact scores of all tokens, whose keys stay in DRAM, and the best of them fetched from flash."""
+
+    segment = BATCH
+
+    def __init__(self, config: DynaKVConfig) -> None:
+        super().__init__(config)
+        self.cluster_size = min(BATCH, config.max_cluster_size)
+
+    def forms(self, dim: int, value_dim: int) -> Mapping[str, tuple[int, int]]:
+        return {"key": (dim * int(self.cluster_size), 16)}
+
+    def group(self, keys: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return pages(mask, self.cluster_size)
+
+    def summarise(self, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor) -> Vectors:
+        room = int(self.cluster_size) - keys.shape[1]
+        return {"key": torch.nn.functional.pad(keys * mask.unsqueeze(-1), (0, 0, 0, room)).flatten(1)}
+
+    def score(self, query: torch.Tensor, index: ClusterIndex) -> torch.Tensor:
+        """Of each token, not of each page: float32 `[S, G, C * cluster_size]`."""
+        keys = index.tables["key"].data[:, : index.width].unflatten(2, (int(self.cluster_size), -1)).flatten(1, 2)
+        return torch.bmm(query.float(), keys.float().transpose(1, 2))
+
+    def choose(self, score: torch.Tensor, index: ClusterIndex, budget: torch.Tensor) -> Retrieval:
+        size = index.size[:, : index.width]
+        token = torch.arange(int(self.cluster_size), device=size.device) < size.unsqueeze(-1)
+        kept = choose_clusters(score.sum(1), token.flatten(1).long(), budget).view_as(token)
+        found = Retrieval.of(kept.any(-1), size)
+        return Retrieval(found.stream, found.cluster, found.size, kept[found.stream, found.cluster])
+
+
+POLICIES: dict[str, type[Policy]] = {
+    "dynakv": DynaKV,
+    "static": Static,
+    "local": Local,
+    "retroinfer": RetroInfer,
+    "clusterkv": ClusterKV,
+    "quest": Quest,
+    "token-topk": TokenTopK,
+}
+
+
+def policy_named(name: str) -> type[Policy]:
+    """The policy of that name.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if name not in POLICIES:
+        raise ConfigError(f"policy={name!r}: choose one of {', '.join(map(repr, POLICIES))}.")
+    return POLICIES[name]
+
+
+def masked_mean(vectors: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """`[N, D]`, the mean of those of `[N, m, D]` that bool `[N, m]` marks; 0 where there is none."""
+    inside = mask.unsqueeze(-1)
+    return (vectors * inside).sum(1) / inside.sum(1).clamp_min(1)
+
+
+def pages(mask: torch.Tensor, size: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Groups of `size` neighbours in the text; see `Policy.group`."""
+    place = mask.cumsum(1) - 1
+    label = torch.where(mask, torch.div(place, size, rounding_mode="floor").long(), -1)
+    return label, torch.ceil(mask.sum(1) / size).long()
