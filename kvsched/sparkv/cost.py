@@ -32,7 +32,8 @@ _FAR_CHUNKS = 8
 _ROUNDS = 3
 _WINDOW_SECONDS = 1.5
 _LEAST_ARRIVALS = 3
-_LEAST_SECONDS = 0.05
+_LEAST_SECONDS = 0.02
+_SETTLED_ARRIVALS = 10
 _SILENCE_SECONDS = 0.1
 _WINDOW_LAYERS = 48
 
@@ -154,10 +155,12 @@ class LinkRate:
 
     Attributes:
         latency: seconds from a request to its first bytes, the least so far; 0 until one was answered.
+        is_settled: whether so much has arrived that the goodput is no first guess any more.
     """
 
     def __init__(self, goodput: float | None = None) -> None:
         self.latency = 0.0
+        self.is_settled = goodput is not None
         self._known = goodput
         self._arrivals: deque[tuple[float, int]] = deque()
         self._lock = threading.Lock()
@@ -166,6 +169,7 @@ class LinkRate:
         """`size` bytes arrived at `now` (seconds, monotonic)."""
         with self._lock:
             self._arrivals.append((now, size))
+            self.is_settled |= len(self._arrivals) >= _SETTLED_ARRIVALS
             while len(self._arrivals) > _LEAST_ARRIVALS and now - self._arrivals[0][0] > _WINDOW_SECONDS:
                 self._arrivals.popleft()
 

@@ -36,6 +36,9 @@ if TYPE_CHECKING:
 _REPLAN_SECONDS = 0.25
 _MIN_GAIN = 0.02  # of the time that is left; a plan that promises less is not worth changing course for
 _MAX_PLANS = 100
+# Seconds that computing waits for an unknown link to show itself, in all and after its first bytes: on a fast one it
+# would only take the processor from the stream.
+_FIRST_LOOK = 0.25, 0.04
 _MIN_PATIENCE = 1.0  # seconds; what a sound link may well be silent for
 
 
@@ -131,10 +134,23 @@ class Loader:
 
     def compute(self) -> None:
         """Compute the chunks from the front, each to its target, until the rest is left to the stream."""
+        if self._assumed_goodput and self.progress.target[0] > 0:
+            self._look_at_link()
         for chunk in range(self.grid.chunks):
             if self.progress.link_error is not None or self.progress.target[chunk] == 0:
                 return
             self._compute_to_target(chunk)
+
+    def _look_at_link(self) -> None:
+        deadline = self._begin + _FIRST_LOOK[0]
+        with self.progress.changed:
+            while (now := time.monotonic()) < deadline and self.link_rate.goodput(now) is None:
+                if self.link_rate.latency and deadline > now + _FIRST_LOOK[1]:
+                    deadline = now + _FIRST_LOOK[1]
+                if self.progress.link_error is not None:
+                    return
+                self.progress.changed.wait(timeout=0.005)
+        self._plan(0, 0)
 
     def complete(self, layer: int) -> None:
         """Wait until every chunk has `layer`, or compute what the stream owes where that is quicker."""
@@ -247,7 +263,7 @@ class Loader:
 
     def _predict(self, seconds: float) -> None:
         """Remember what the first plan promises that knows the link: `seconds` from now."""
-        if self.predicted_seconds is None and not self._assumed_goodput:
+        if self.predicted_seconds is None and self.link_rate.is_settled:
             self.predicted_seconds = time.monotonic() - self._begin + float(seconds)
 
     def _tail(self) -> float:

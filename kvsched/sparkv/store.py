@@ -23,7 +23,7 @@ _NO_LIMIT = "1 day"
 # A connection on which nothing was asked for that long is closed, at the latest twice that long after the last answer.
 # Usually it goes with the store; but obstore lets go of Python objects at times only in its next call.
 _IDLE = "5 seconds"
-_READ_BYTES = 16 * 1024  # finer than a layer of a chunk, so that goodput is known before one has arrived
+_READ_BYTES = 64 * 1024
 _IN_FLIGHT = 64
 _Result = TypeVar("_Result")
 
@@ -139,15 +139,18 @@ class Store:
         except FileNotFoundError as error:
             raise StoreError(f"{path} is not in {self.uri}") from error
 
-    async def read(self, path: str, start: int, stop: int) -> AsyncGenerator[bytes, None]:
-        """Bytes `[start, stop)` of an object, in pieces as they arrive; closing the iterator ends the request.
+    async def read(
+        self, path: str, start: int, stop: int, piece_bytes: int = _READ_BYTES
+    ) -> AsyncGenerator[bytes, None]:
+        """Bytes `[start, stop)` of an object as they arrive, in pieces of `piece_bytes` or somewhat more; closing the
+        iterator ends the request.
 
         Raises:
             StoreError: it is not there, the store breaks off, or sends other bytes than those asked for.
         """
         try:
             answer = await obstore.get_async(self._store, path, options={"range": (start, stop)})
-            async for piece in answer.stream(min_chunk_size=_READ_BYTES):
+            async for piece in answer.stream(min_chunk_size=piece_bytes):
                 yield bytes(piece)
         except (BaseError, OSError) as error:
             raise self._error(error) from _released(error)

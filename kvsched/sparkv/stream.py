@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import hashlib
 import logging
+import math
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
@@ -23,8 +24,11 @@ from .store import Store
 
 logger = logging.getLogger("kvsched")
 
-
-_REQUESTS = 2
+_REQUESTS = 2, 6  # at least and at most
+# A piece of a response is what arrives in about that time: small enough to know the goodput soon, and no smaller, as
+# each piece takes time from computing.
+_PIECE_SECONDS = 0.02
+_PIECE_BYTES = 16 * 1024, 256 * 1024
 
 
 def _nothing() -> object:
@@ -110,7 +114,8 @@ class Decoder(Protocol):
 class Streamer:
     """Streams a prefix from the back: last chunk first, in each chunk the last layer first, down to its target.
 
-    Two requests are under way at any time, so that the link does not idle for a round trip between chunks.
+    Two requests are under way at any time, or more where a round trip is longer than a request's bytes take, so that
+    the link does not idle in between.
 
     Args:
         store, manifest, coder: where and what is published, and how it is read.
@@ -195,8 +200,8 @@ class Streamer:
             while True:
                 plan_changed.clear()
                 with self.progress.changed:
-                    piece = self.progress.next_to_stream(fetches.values()) if len(fetches) < _REQUESTS else None
-                if piece is not None:
+                    piece = self.progress.next_to_stream(fetches.values())
+                if piece is not None and len(fetches) < self._most_requests(*piece):
                     self._last_arrival = time.monotonic()  # silence counts from a request on
                     fetches[asyncio.create_task(self._fetch(*piece))] = piece[0]
                     continue
@@ -222,6 +227,16 @@ class Streamer:
             for task in left:
                 task.cancel()
             await asyncio.gather(*left, return_exceptions=True)
+
+    def _most_requests(self, chunk: int, upper: int, lower: int) -> int:
+        start, stop = self.manifest.chunks[chunk].payload_span(upper, lower)
+        under_way = self.rate.latency * (self.rate.goodput(time.monotonic()) or 0.0)
+        least, most = _REQUESTS
+        return max(least, min(most, 1 + math.ceil(under_way / max(1, stop - start))))
+
+    def _piece_bytes(self) -> int:
+        least, most = _PIECE_BYTES
+        return int(max(least, min(most, (self.rate.goodput(time.monotonic()) or 0.0) * _PIECE_SECONDS)))
 
     def _refuse(self, chunk: int, error: ChunkError) -> None:
         logger.warning("a published chunk is refused: %s", error)
@@ -269,7 +284,8 @@ class Streamer:
             StoreError: the link is silent for too long.
         """
         asked: float | None = time.monotonic()
-        async with contextlib.aclosing(self.store.read(chunk_path(address), start, stop)) as pieces:
+        read = self.store.read(chunk_path(address), start, stop, self._piece_bytes())
+        async with contextlib.aclosing(read) as pieces:
             while True:
                 piece = asyncio.ensure_future(anext(pieces))
                 try:
