@@ -1,40 +1,66 @@
-"""The clusters' bytes, in two tiers: an arena of slots in DRAM over a file on flash.
+"""The clusters' bytes, in two tiers: an arena of entries in DRAM over a file on flash.
 
-A slot has the same form in both: the entries (key and value of a token, side by side) of one cluster in a row, then
-room to grow, up to a multiple of the device's page. Bytes go between them as they are, and a cluster that is half full
-is read with half the bytes.
+Clusters are made, grow and split in the arena and reach flash when they leave it, many at a time. On flash a cluster is
+one stretch of entries, and those that are retrieved together lie together (`pools`); reads and writes of whole sectors
+go through buffers, from which entries are copied to their rows, so neighbours come in one read whatever lies between.
+Everything here is counted against one budget of DRAM.
 """
 
 from __future__ import annotations
 
-import mmap
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
 
 from ..config import DynaKVConfig, parse_bytes
-from ..errors import ConfigError, UnsupportedModelError
-from .flash import FlashFile, Request, aligned
-from .pools import SlotPool
-from .residency import Residency
+from ..errors import ConfigError, FlashError, UnsupportedModelError
+from .arena import POSITION_BYTES, ROW_TABLES, Arena, places
+from .engine import Request, Transfer
+from .flash import PAGE, Buffer, FlashFile
+from .pools import Pools
+from .prefetch import Ahead, Placed
+from .residency import ClusterAligned, Evicted, Residency
+from .runs import WASTE, Runs, merge
+
+BUFFER_SHARE = 1 / 16
+"""Share of the budget for each of the three buffers (reads, reads ahead, writes), up to `LARGEST_BUFFER`."""
+
+LARGEST_BUFFER = 4 << 20
+"""Bytes that keep the device busy while the next batch is put together."""
+
+SMALLEST_STEP, LARGEST_STEP = 1 << 20, 64 << 20
+"""Bytes by which the file grows: it doubles in between."""
 
 
 class ClusterStorage:
     """The storage that all layers of a cache share. It takes its form from the first cluster that comes.
 
-    Addresses are numbers of slots on flash and name a cluster for as long as it lives; slots are places in the arena
-    and good until the next round (`begin`). Both are int64 arrays on the host.
+    Addresses name clusters for as long as they live; slots are their places in DRAM and good until the next round
+    (`begin`). Both are int64 arrays on the host.
+
+    Attributes:
+        on_read: called for every read of clusters that is issued, with its bytes and the addresses it brings.
+        read_seconds: how long callers waited for reads.
+        bytes_moved: of entries that were written to flash again because their cluster moved or was split.
     """
 
     def __init__(self, config: DynaKVConfig) -> None:
         self.flash = FlashFile(config.directory, config.io_threads)
-        self.pool = SlotPool()
+        self.on_read: Callable[[int, np.ndarray], None] | None = None
         self.read_seconds = 0.0
+        self.bytes_moved = 0
         self.residency: Residency | None = None
-        self._max_size = config.max_cluster_size
+        self._largest = config.max_cluster_size
         self._dram = parse_bytes(config.dram)
+        self._spent: dict[str, int] = {}
+        self._failed: FlashError | None = None
+        self._unfit = False
+        self._writing: Transfer | None = None
+        self._written = np.zeros((0, 2), dtype=np.int64)
         self._width: int
         self.dtype: torch.dtype
 
@@ -42,7 +68,7 @@ class ClusterStorage:
         """Make the arena for entries of `width` numbers. Calling it again with the same form changes nothing.
 
         Raises:
-            ConfigError: the budget is smaller than two slots.
+            ConfigError: the budget is too small to split a cluster in.
             UnsupportedModelError: another layer has entries of another form.
         """
         if self.residency is not None:
@@ -53,61 +79,143 @@ class ClusterStorage:
                 )
             return
         self._width, self.dtype = width, dtype
-        self._entry_bytes = width * dtype.itemsize
-        slot_bytes = aligned(self._max_size * self._entry_bytes)
-        slots = self._dram // slot_bytes
-        if slots < 2:
+        self._entry = width * dtype.itemsize + POSITION_BYTES
+        sector = self.flash.alignment
+        least = -(-int((1 + WASTE) * self._largest * self._entry + 2 * sector) // PAGE) * PAGE
+        buffer = max(least, int(min(self._dram * BUFFER_SHARE, LARGEST_BUFFER)) // PAGE * PAGE)
+        row = self._entry + ROW_TABLES
+        self._least_rows = 2 * self._largest
+        if self._dram < 3 * buffer + self._least_rows * row:
             raise ConfigError(
-                f"dram={self._dram} bytes is less than two clusters, which a split needs. Set it to {2 * slot_bytes} "
-                "bytes or more."
+                f"dram={self._dram} bytes is less than two clusters and the buffers that bring them take. Set it to "
+                f"{3 * least + self._least_rows * row} bytes or more."
             )
-        self.residency = Residency(slots, slot_bytes)
-        arena = mmap.mmap(-1, slots * slot_bytes)
-        self._memory = memoryview(arena)
-        self.arena = torch.frombuffer(arena, dtype=dtype).as_strided(
-            (slots, self._max_size, width), (slot_bytes // dtype.itemsize, width, 1)
-        )
-        """`[slots, max_cluster_size, width]`."""
+        self._shared = 3 * buffer
+        # Sectors hold several entries, or entries several sectors, or neither: then pools share sectors.
+        grain = sector // math.gcd(sector, self._entry)
+        self.pools = Pools(self._largest, grain if grain <= 4 else 1)
+        self.arena = Arena((self._dram - self._shared) // row, self._largest, width * dtype.itemsize)
+        self.residency = Residency(self.arena.limit, ClusterAligned(), self._entry)
+        self._reader, self._writer = Buffer(buffer), Buffer(buffer)
+        self.ahead = Ahead(Buffer(buffer))
+        self._step_bytes = math.gcd(self._entry, sector)
 
     @property
     def table(self) -> Residency:
-        """The residency table of an open storage."""
+        """The residency table of an open storage.
+
+        Raises:
+            FlashError: a transfer failed earlier, so that what is here is no longer complete.
+        """
         assert self.residency is not None
+        if self._failed is not None:
+            raise FlashError(f"clusters were lost when a transfer failed. Make a new DynaKVCache. ({self._failed})")
         return self.residency
 
     @property
     def arena_bytes(self) -> int:
-        """Bytes of the arena that ever held a cluster; the rest is not in memory."""
-        return 0 if self.residency is None else self.residency.touched * self.residency.slot_bytes
+        """DRAM that resident clusters and buffers take; rows that were never used are not in memory yet."""
+        return 0 if self.residency is None else self.arena.touched_bytes + self._shared
 
-    def begin(self) -> None:
-        """Start a round: the slots that it hands out stay valid until the next."""
-        self.table.begin()
+    @property
+    def table_bytes(self) -> int:
+        """DRAM of the tables that say where clusters lie, in DRAM and on flash."""
+        if self.residency is None:
+            return 0
+        return self.pools.nbytes + self.residency.nbytes + self.arena.nbytes + ROW_TABLES * self.arena.limit
+
+    def spend(self, name: str, nbytes: int) -> None:
+        """Count `nbytes` of DRAM that are held elsewhere, as `name`, against the budget; clusters get the rest.
+
+        A budget that others use up leaves what splitting a cluster needs. It takes effect with the next round.
+        """
+        self._spent[name] = nbytes
+        self._unfit = True
+
+    def begin(self, step: int | None = None) -> None:
+        """Start a round: the slots that it hands out stay valid until the next.
+
+        Args:
+            step: tokens decoded so far, where a round belongs to one: the clock of the replacement policy.
+        """
+        self.table.begin(step)
+        if self._unfit:
+            self._fit()
 
     def fetch(self, addresses: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-        """The arena slots of clusters (each once) that hold `sizes` entries; those not resident are read.
+        """The slots of clusters (each once) that hold `sizes` entries; those not resident are read.
 
         Raises:
-            ConfigError: the DRAM budget cannot hold them at once.
+            ConfigError: the DRAM budget cannot hold them at once (`gather` and `rounds` take them in parts).
             FlashError: reading or writing back failed.
         """
-        slots, missing = self._admit(addresses, sizes)
-        if len(missing):
-            started = time.perf_counter()
-            self.flash.wait(self.flash.read(self._requests(slots[missing], addresses[missing], sizes[missing])))
-            self.read_seconds += time.perf_counter() - started
+        slots, evicted = self.table.admit(addresses, sizes)
+        self._evict(evicted)
+        if (missing := slots < 0).any():
+            slots[missing] = self.table.enter(addresses[missing], sizes[missing])
+            self._load(addresses[missing], sizes[missing], slots[missing])
         return slots
 
-    def create(self, entries: torch.Tensor, sizes: np.ndarray) -> np.ndarray:
-        """Addresses of new clusters made of `entries` `[N, max_cluster_size, width]`, the first `sizes` of each.
+    def gather(self, addresses: np.ndarray, sizes: np.ndarray) -> tuple[torch.Tensor, np.ndarray]:
+        """Entries of clusters, cluster after cluster, `[sizes.sum(), width]`, and their positions, int32.
 
-        They lie in the arena and reach flash when they are evicted. Their room there is reserved now.
+        It starts rounds of its own: clusters that DRAM cannot hold at once come one part after the other.
         """
-        addresses = self.pool.take(len(sizes))
-        self.flash.reserve(self.pool.capacity * self.table.slot_bytes)
-        slots, _ = self._admit(addresses, sizes)
-        self.arena[torch.from_numpy(slots)] = entries.to(self.arena)
-        self.table.changed(slots, sizes)
+        total = int(sizes.sum())
+        entries, position = np.empty(total, dtype=self.arena.entries.dtype), np.empty(total, dtype=np.int32)
+        ends, start, done = np.cumsum(sizes), 0, 0
+        while start < len(sizes):
+            self.begin()
+            part = slice(start, max(start + 1, int(np.searchsorted(ends, done + self.table.capacity, side="right"))))
+            slots = self.fetch(addresses[part], sizes[part])
+            rows = self.arena.rows(*places(slots, np.zeros_like(slots), sizes[part]))
+            entries[done : done + len(rows)] = self.arena.entries[rows]
+            position[done : done + len(rows)] = self.arena.position[rows]
+            start, done = part.stop, done + len(rows)
+        return self._to_tensor(entries), position
+
+    def prefetch(self, addresses: np.ndarray, sizes: np.ndarray) -> None:
+        """Start reading clusters that may be asked for next, as many as the buffer takes; nothing waits for them.
+
+        What an earlier call brought and nobody asked for is given up. Clusters may be fetched, changed or freed
+        meanwhile: what was read ahead of that is never used.
+        """
+        away = np.flatnonzero(self.table.slot_of(addresses) < 0)
+        needs = self._needs(sizes[away] * self._entry)
+        away = away[: next(self._parts(needs, len(self.ahead.buffer.memory)), slice(0)).stop]
+        with self._failing():
+            self.ahead.give_up(self.flash)
+            if len(away):
+                transfer, placed = self._start_reading(self.ahead.buffer, addresses[away], sizes[away])
+                self.ahead.start(transfer, addresses[away], placed)
+
+    def create(
+        self,
+        entries: torch.Tensor,
+        sizes: np.ndarray,
+        position: np.ndarray | None = None,
+        group: np.ndarray | None = None,
+    ) -> np.ndarray:
+        """Addresses of new clusters, whose places on flash are reserved now; they are written when they leave DRAM.
+
+        Args:
+            entries: `[sizes.sum(), width]`, cluster by cluster; or `[N, max_cluster_size, width]`, the first `sizes`
+                of each.
+            sizes: int64 `[N]`.
+            position: integers of the same leading shape, kept with the entries.
+            group: int64 `[N]`, ascending: the stream of each, over all layers. Clusters of a group lie side by side in
+                the order given.
+        """
+        if entries.ndim == 3:
+            cluster, offset = places(np.arange(len(sizes)), np.zeros_like(sizes), sizes)
+            entries = entries[torch.from_numpy(cluster), torch.from_numpy(offset)]
+            position = None if position is None else position[cluster, offset]
+        addresses = self.pools.create(sizes, np.zeros_like(sizes) if group is None else group)
+        self._reserve()
+        slots = self._enter(addresses, sizes)
+        rows = self.arena.take(slots, np.zeros_like(sizes), sizes)
+        self._fill(rows, entries, position)
+        self._unfit = True
         return addresses
 
     def read(self, slots: np.ndarray, offset: np.ndarray) -> torch.Tensor:
@@ -115,73 +223,258 @@ class ClusterStorage:
 
         Places beyond a cluster's size give anything.
         """
-        return self.arena[torch.from_numpy(slots), torch.from_numpy(offset)]
+        return self._to_tensor(self.arena.entries[self.arena.rows(slots, offset)])
 
-    def append(self, slots: np.ndarray, offset: np.ndarray, entries: torch.Tensor) -> None:
-        """Put entries `[M, width]` at `offset` `[M]` of `slots` `[M]`, which continues each cluster without gaps."""
-        self.arena[torch.from_numpy(slots), torch.from_numpy(offset)] = entries.to(self.arena)
+    def positions(self, slots: np.ndarray, offset: np.ndarray) -> np.ndarray:
+        """Positions of entries, int32, in the way of `read`."""
+        return self.arena.position[self.arena.rows(slots, offset)]
+
+    def append(
+        self, slots: np.ndarray, offset: np.ndarray, entries: torch.Tensor, position: np.ndarray | None = None
+    ) -> None:
+        """Put entries `[M, width]` and positions `[M]` at `offset` `[M]` of `slots` `[M]`, without leaving gaps."""
+        if len(slots) == 0:
+            return
         grown, of = np.unique(slots, return_inverse=True)
-        sizes = np.zeros(len(grown), dtype=np.int64)
-        np.maximum.at(sizes, of, offset + 1)
-        self.table.changed(grown, sizes)
+        before = self.table.size(grown)
+        after = before + np.bincount(of)
+        self._evict(self.table.make_room(len(slots)))
+        self.arena.take(grown, before, after)
+        self._fill(self.arena.rows(slots, offset), entries, position)
+        self.table.resize(grown, after)
+        moved = self.pools.resize(self.table.address(grown), after)
+        self._reserve()
+        self.arena.clean[self.arena.rows(*places(grown[moved], np.zeros_like(before[moved]), after[moved]))] = False
+        self._unfit = True
 
     def split(self, slots: np.ndarray, order: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-        """Split N clusters in two; the first part keeps slot and address.
+        """Split N clusters in two; the first part keeps slot, address and place on flash, the second lies near it.
 
         Args:
             slots: int64 `[N]`.
             order: int64 `[N, max_cluster_size]`, old offsets in their new order: first part, second part, anything.
+                Entries of the first part that keep their offset need not be written again (`pools.keep_order`).
             sizes: int64 `[N, 2]`, entries in either part.
 
         Returns:
             int64 `[N]`, addresses of the second parts.
         """
-        entries = self.read(slots[:, None], order)
-        self.arena[torch.from_numpy(slots)] = entries
-        self.table.changed(slots, sizes[:, 0])
-        behind = (sizes[:, :1] + np.arange(self._max_size)).clip(max=self._max_size - 1)
-        return self.create(entries[torch.arange(len(slots)).unsqueeze(1), torch.from_numpy(behind)], sizes[:, 1])
+        first, second = sizes[:, 0], sizes[:, 1]
+        rows = self.arena.permute(slots, order, first)
+        self.table.resize(slots, first)
+        kept = self.table.address(slots)
+        self.pools.resize(kept, first)
+        addresses = self.pools.add(second, kept)
+        self._reserve()
+        behind = (first[:, None] + np.arange(self._largest)).clip(max=self._largest - 1)
+        self.arena.assign(self._enter(addresses, second), np.take_along_axis(rows, behind, 1), second)
+        self._unfit = True
+        return addresses
 
     def resident(self, addresses: np.ndarray) -> np.ndarray:
         """bool: which clusters can be used without reading."""
         return self.table.slot_of(addresses) >= 0
 
-    def changed(self, slots: np.ndarray, sizes: np.ndarray) -> None:
-        """The caller wrote to these slots; they now hold `sizes` entries."""
-        self.table.changed(slots, sizes)
-
     def free(self, addresses: np.ndarray) -> None:
         """Forget clusters."""
-        self.table.forget(addresses)
-        self.pool.give_back(addresses)
+        gone = self.table.forget(addresses)
+        self.arena.drop(gone.slots, gone.sizes)
+        self.ahead.forget(addresses)
+        self.pools.free(addresses)
 
     def rounds(self, count: int) -> Iterator[slice]:
         """Parts of `count` clusters small enough to be worked on at once, each in a round of its own.
 
         A part takes half the arena at most: whoever copies a cluster needs a second slot for it.
         """
-        part = max(1, self.table.slots // 2)
-        for start in range(0, count, part):
+        start = 0
+        while start < count:
             self.begin()
+            part = max(1, self.table.capacity // (2 * self._largest))
             yield slice(start, min(start + part, count))
+            start += part
 
     def close(self) -> None:
         """Give file and threads back; the storage cannot be used afterwards."""
         self.flash.close()
 
-    def _admit(self, addresses: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        admission = self.table.admit(addresses, sizes)
-        self.flash.wait(
-            self.flash.write(self._requests(admission.dirty_slots, admission.dirty_addresses, admission.dirty_entries))
-        )
-        return admission.slots, admission.missing
+    def _enter(self, addresses: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+        """Slots for clusters that exist in DRAM alone. Their rows are the caller's matter."""
+        _, evicted = self.table.admit(addresses, sizes, fresh=True)
+        self._evict(evicted)
+        slots = self.table.enter(addresses, sizes)
+        self.table.resize(slots, sizes)
+        return slots
 
-    def _requests(self, slots: np.ndarray, addresses: np.ndarray, sizes: np.ndarray) -> list[Request]:
-        slot_bytes = self.table.slot_bytes
-        return [
-            (
-                address * slot_bytes,
-                self._memory[slot * slot_bytes : slot * slot_bytes + aligned(size * self._entry_bytes)],
-            )
-            for slot, address, size in zip(slots.tolist(), addresses.tolist(), sizes.tolist(), strict=True)
+    def _fit(self) -> None:
+        """Keep clusters and everything else within the budget, as tables and what others spend grow.
+
+        Only at the start of a round, when no slot is in use.
+        """
+        self._unfit = False
+        tables = self.table_bytes - ROW_TABLES * self.arena.limit
+        row = self._entry + ROW_TABLES
+        rows = max(self._least_rows, (self._dram - self._shared - tables - sum(self._spent.values())) // row)
+        if rows >= self.table.capacity:
+            self.table.capacity = self.arena.grow(rows)
+            return
+        # A little more than needed, so that it is not done for every new cluster.
+        self.table.capacity = max(self._least_rows, rows - rows // 32)
+        self._evict(self.table.make_room(0))
+        slots = self.table.residents()
+        self.arena.shrink(self.table.capacity, slots, self.table.size(slots))
+
+    def _reserve(self) -> None:
+        """Have room on flash for all places, in steps, so that the device cannot turn out full later."""
+        needed = (self.pools.end + 1) * self._entry + PAGE
+        if needed > self.flash.size:
+            size = max(needed, self.flash.size + min(self.flash.size, LARGEST_STEP), SMALLEST_STEP)
+            with self._failing():
+                self.flash.reserve(size // PAGE * PAGE)
+
+    def _evict(self, evicted: Evicted) -> None:
+        if len(evicted.slots):
+            self._write_back(evicted.slots, evicted.addresses, evicted.sizes)
+            self.arena.drop(evicted.slots, evicted.sizes)
+
+    def _load(self, addresses: np.ndarray, sizes: np.ndarray, slots: np.ndarray) -> None:
+        """Bring clusters to slots: from what was read ahead, and from flash."""
+        started = time.perf_counter()
+        with self._failing():
+            here, placed = self.ahead.take(addresses, self.flash)
+            if placed is not None:
+                self._unpack(self.ahead.buffer, placed, slots[here])
+            addresses, sizes, slots = addresses[~here], sizes[~here], slots[~here]
+            order = np.argsort(self.pools.where(addresses)[0])
+            for part in self._parts(self._needs(sizes[order] * self._entry), len(self._reader.memory)):
+                some = order[part]
+                transfer, placed = self._start_reading(self._reader, addresses[some], sizes[some])
+                self.flash.wait(transfer)
+                self._unpack(self._reader, placed, slots[some])
+        self.read_seconds += time.perf_counter() - started
+
+    def _start_reading(self, buffer: Buffer, addresses: np.ndarray, sizes: np.ndarray) -> tuple[Transfer, Placed]:
+        origin, step = self.pools.where(addresses)
+        backwards = np.where(step < 0, sizes - 1, 0)
+        runs = merge((origin - backwards) * self._entry, sizes * self._entry, self.flash.alignment)
+        self._finish_writes(runs.offset, runs.length)
+        if self.on_read is not None:
+            for i, nbytes in enumerate(runs.length.tolist()):
+                self.on_read(nbytes, addresses[runs.run == i])
+        transfer = self.flash.read(_requests(runs, buffer))
+        return transfer, Placed(runs.at + backwards * self._entry, step * self._entry, sizes)
+
+    def _unpack(self, buffer: Buffer, placed: Placed, slots: np.ndarray) -> None:
+        """Copy entries from a buffer to rows of their own."""
+        none = np.zeros_like(placed.sizes)
+        rows = self.arena.take(slots, none, placed.sizes)
+        cluster, offset = places(np.arange(len(slots)), none, placed.sizes)
+        at = placed.first[cluster] + placed.step[cluster] * offset
+        self.arena.data[rows] = self._entries_of(buffer)[at // self._step_bytes]
+        self.arena.clean[rows] = self.arena.stored[rows] = True
+
+    def _write_back(self, slots: np.ndarray, addresses: np.ndarray, sizes: np.ndarray) -> None:
+        """Write what flash does not hold of clusters; it may still be under way afterwards."""
+        cluster, offset = places(np.arange(len(slots)), np.zeros_like(sizes), sizes)
+        rows = self.arena.rows(slots[cluster], offset)
+        changed = ~self.arena.clean[rows]
+        if not changed.any():
+            return
+        self.bytes_moved += int(self.arena.stored[rows[changed]].sum()) * self._entry
+        origin, step = self.pools.where(addresses)
+        place = origin[cluster] + step[cluster] * offset
+        # A cluster's entries that share a sector with changed ones are written too: it spares reading the sector.
+        sector = self.flash.alignment
+        low, high = place * self._entry // sector, (place * self._entry + self._entry - 1) // sector
+        touched = np.unique([low[changed], high[changed]])
+        changed = np.isin(low, touched) | np.isin(high, touched)
+        order = np.argsort(place[changed])
+        rows, place = rows[changed][order], place[changed][order]
+        self.arena.clean[rows] = self.arena.stored[rows] = True
+
+        longest = len(self._writer.memory) // (4 * self._entry)
+        begins = np.flatnonzero(np.diff(place, prepend=-2) != 1)
+        count = np.diff(begins, append=len(place))
+        pieces, nth = places(np.arange(len(begins)), np.zeros_like(count), -(-count // longest))
+        begins = begins[pieces] + nth * longest
+        count = np.diff(begins, append=len(place))
+        with self._failing():
+            for part in self._parts(self._needs(count * self._entry), len(self._writer.memory)):
+                some = slice(int(begins[part.start]), int(begins[part.stop - 1] + count[part.stop - 1]))
+                self._write(place[begins[part]] * self._entry, count[part] * self._entry, rows[some])
+
+    def _write(self, start: np.ndarray, length: np.ndarray, rows: np.ndarray) -> None:
+        """Start writing pieces of the file (bytes, ascending) that hold the entries of `rows` in turn."""
+        self._finish_writes()
+        sector = self.flash.alignment
+        runs = merge(start, length, sector, waste=0)
+        # Sectors of which only a part changes keep the rest.
+        edges = np.concatenate([start, start + length])
+        shared = np.unique(edges[edges % sector > 0] // sector * sector)
+        run = np.searchsorted(runs.offset, shared, side="right") - 1
+        memory = runs.memory[run] + shared - runs.offset[run]
+        reads = [
+            (offset, self._writer.memory[at : at + sector])
+            for offset, at in zip(shared.tolist(), memory.tolist(), strict=True)
         ]
+        self.flash.wait(self.flash.read(reads))
+        piece, nth = places(np.arange(len(start)), np.zeros_like(length), length // self._entry)
+        self._entries_of(self._writer)[(runs.at[piece] + nth * self._entry) // self._step_bytes] = self.arena.data[rows]
+        self._writing = self.flash.write(_requests(runs, self._writer))
+        self._written = np.stack([runs.offset, runs.offset + runs.length], axis=1)
+
+    def _finish_writes(self, offset: np.ndarray | None = None, length: np.ndarray | None = None) -> None:
+        """Wait for writes under way; if reads are given, only where they touch what is being written."""
+        if self._writing is None:
+            return
+        if offset is not None and length is not None:
+            next_write = np.searchsorted(self._written[:, 1], offset, side="right").clip(max=len(self._written) - 1)
+            begin, end = self._written[next_write].T
+            if not ((begin < offset + length) & (end > offset)).any():
+                return
+        writing, self._writing = self._writing, None
+        self.flash.wait(writing)
+
+    @contextmanager
+    def _failing(self) -> Iterator[None]:
+        """Whatever fails in between leaves clusters incomplete, so nothing may be taken from here afterwards."""
+        try:
+            yield
+        except FlashError as error:
+            self._failed = error
+            raise
+
+    def _entries_of(self, buffer: Buffer) -> np.ndarray:
+        """The entries that begin at each multiple of `_step_bytes` of a buffer, as opaque bytes."""
+        count = (len(buffer.memory) - self._entry) // self._step_bytes + 1
+        return np.ndarray((count,), self.arena.data.dtype, buffer.memory, strides=(self._step_bytes,))
+
+    def _fill(self, rows: np.ndarray, entries: torch.Tensor, position: np.ndarray | None) -> None:
+        raw = entries.to("cpu", self.dtype).contiguous().view(torch.uint8).numpy()
+        self.arena.entries[rows] = raw.view(self.arena.entries.dtype)[..., 0]
+        self.arena.position[rows] = 0 if position is None else position
+
+    def _to_tensor(self, entries: np.ndarray) -> torch.Tensor:
+        raw = torch.from_numpy(entries[..., None].view(np.uint8))
+        return raw.view(self.dtype)
+
+    def _needs(self, nbytes: np.ndarray) -> np.ndarray:
+        """Bytes of buffer that pieces of `nbytes` take at most: whole sectors, and gaps that are read through."""
+        return ((1 + WASTE) * nbytes).astype(np.int64) + 2 * self.flash.alignment
+
+    @staticmethod
+    def _parts(needs: np.ndarray, room: int) -> Iterator[slice]:
+        """Consecutive parts whose needs fit in `room`, as long as can be."""
+        ends, start = np.cumsum(needs), 0
+        while start < len(needs):
+            taken = int(ends[start - 1]) if start else 0
+            stop = max(start + 1, int(np.searchsorted(ends, taken + room, side="right")))
+            yield slice(start, stop)
+            start = stop
+
+
+def _requests(runs: Runs, buffer: Buffer) -> list[Request]:
+    return [
+        (offset, buffer.memory[at : at + length])
+        for offset, at, length in zip(runs.offset.tolist(), runs.memory.tolist(), runs.length.tolist(), strict=True)
+    ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -130,7 +131,7 @@ def test_every_token_in_one_place_and_back_bit_for_bit(policy, data):
                     each.layer.reset()
                     each.entries, each.real = each.entries[:, :, :0], each.real[:, :0]
             addresses = [address for each in layers for address in each.check()]
-            assert len(set(addresses)) == len(addresses) == storage.pool.used
+            assert len(set(addresses)) == len(addresses) == storage.pools.used
     finally:
         storage.close()
 
@@ -164,7 +165,7 @@ def decoded(
 
 
 def test_a_long_decode_splits_evicts_waits_and_loses_nothing(new_storage):
-    first, second, storage = decoded(new_storage, DynaKVConfig(dram=70 * SLOT, **OPTIONS))
+    first, second, storage = decoded(new_storage, DynaKVConfig(dram=16 * SLOT, **OPTIONS))
     assert first.layer.splits.sum() > 20
     assert (first.layer.dense.position[:, first.layer.dense.waiting] >= 0).any()
     assert storage.flash.counters.bytes_written > 0
@@ -175,7 +176,7 @@ def test_a_long_decode_splits_evicts_waits_and_loses_nothing(new_storage):
 
 @pytest.mark.parametrize("storage", ["float16", "bfloat16"])
 def test_narrower_storage_rounds_once(new_storage, storage):
-    layer, _, _ = decoded(new_storage, DynaKVConfig(dram=150 * SLOT, storage=storage, **OPTIONS), steps=60)
+    layer, _, _ = decoded(new_storage, DynaKVConfig(dram=16 * SLOT, storage=storage, **OPTIONS), steps=60)
     got = layer.layer._read_back(160)[0].view_as(layer.entries)
     rounded = layer.entries.to(getattr(torch, storage)).float()
     same, exact = (got == rounded).all(-1), (got == layer.entries).all(-1)
@@ -184,21 +185,22 @@ def test_narrower_storage_rounds_once(new_storage, storage):
 
 
 def test_a_budget_of_dram_that_is_too_small_says_what_would_do(new_storage):
-    with pytest.raises(ConfigError, match=r"dram=5000 bytes is less than two clusters.*8192 bytes"):
+    with pytest.raises(ConfigError, match=r"dram=5000 bytes .* Set it to \d+ bytes or more") as caught:
         decoded(new_storage, DynaKVConfig(dram=5000, **OPTIONS), steps=0)
-    with pytest.raises(ConfigError, match=r"dram=16384 bytes cannot hold .* Set dram to at least \d+ bytes"):
-        decoded(new_storage, DynaKVConfig(dram=4 * SLOT, **OPTIONS), steps=1)
+    enough = int(re.search(r"Set it to (\d+)", str(caught.value))[1])
+    first, _, _ = decoded(new_storage, DynaKVConfig(dram=enough, **OPTIONS), steps=0)
+    first.check()
 
 
 def test_the_fullest_cluster_is_loaded_when_too_many_wait(new_storage):
     # Without a budget nothing is retrieved, so only this brings clusters into so small an arena.
-    first, _, storage = decoded(new_storage, DynaKVConfig(dram=8 * SLOT, **{**OPTIONS, "budget": 0}), steps=250)
+    first, _, storage = decoded(new_storage, DynaKVConfig(dram=16 * SLOT, **{**OPTIONS, "budget": 0}), steps=250)
     assert storage.flash.counters.reads > 0
     first.check()
 
 
 def test_copies_of_a_row_go_their_own_ways(new_storage):
-    first, _, storage = decoded(new_storage, DynaKVConfig(dram=150 * SLOT, **OPTIONS), steps=20)
+    first, _, storage = decoded(new_storage, DynaKVConfig(dram=16 * SLOT, **OPTIONS), steps=20)
     first.layer.batch_repeat_interleave(3)
     first.select(torch.tensor([0, 0, 0]))
     addresses = first.check()
@@ -210,13 +212,13 @@ def test_copies_of_a_row_go_their_own_ways(new_storage):
     for _ in range(60):
         first.feed(1)
     first.check()
-    used = storage.pool.used
+    used = storage.pools.used
     first.layer.reset()
-    assert storage.pool.used < used / 2
+    assert storage.pools.used < used / 2
 
 
 def test_cropping_inside_the_recent_window_reads_nothing(new_storage):
-    layer, _, storage = decoded(new_storage, DynaKVConfig(dram=70 * SLOT, **OPTIONS), steps=20)
+    layer, _, storage = decoded(new_storage, DynaKVConfig(dram=16 * SLOT, **OPTIONS), steps=20)
     admitted = storage.table.hits + storage.table.misses
     layer.layer.crop(-5)
     assert storage.table.hits + storage.table.misses == admitted
@@ -233,7 +235,7 @@ def test_attention_that_passes_the_layer_by_is_noticed(new_storage):
 
 
 def test_tokens_reach_clusters_that_only_this_step_has_in_dram(new_storage):
-    first, _, _ = decoded(new_storage, DynaKVConfig(dram=36 * SLOT, **OPTIONS), steps=60)
+    first, _, _ = decoded(new_storage, DynaKVConfig(dram=16 * SLOT, **OPTIONS), steps=60)
     waiting = (first.layer.dense.position[:, first.layer.dense.waiting] >= 0).sum()
     left_window_since_prompt = HEADS * (60 // 16) * 16
     assert waiting < left_window_since_prompt
@@ -241,7 +243,7 @@ def test_tokens_reach_clusters_that_only_this_step_has_in_dram(new_storage):
 
 
 def test_keys_shared_by_two_layers_are_taken_in_once(new_storage):
-    options = DynaKVConfig(dram=150 * SLOT, **{**OPTIONS, "budget": 1000})
+    options = DynaKVConfig(dram=16 * SLOT, **{**OPTIONS, "budget": 1000})
     storage = new_storage(options)
     record = Recorded(storage, options, 1, 1)
     record.feed(60)

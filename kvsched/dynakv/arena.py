@@ -1,0 +1,138 @@
+"""The DRAM tier: entries of resident clusters, in rows that any cluster may take.
+
+A cluster takes as many rows as it has entries, wherever they are free, and a table says which; so nothing is lost to
+clusters smaller than the largest, appending takes one more row, and splitting moves rows without copying them.
+"""
+
+from __future__ import annotations
+
+import mmap
+
+import numpy as np
+
+POSITION_BYTES = 4
+"""Bytes that follow an entry, in DRAM and on flash: the token's position in the sequence, int32."""
+
+ROW_TABLES = 6
+"""Bytes beside its entry that a row takes: its number while it is free, and two flags."""
+
+
+class Arena:
+    """Rows for `rows` entries of `entry_bytes` each, given to slots of up to `largest` entries.
+
+    Attributes:
+        data: `[rows]`, entries with their positions, as opaque bytes. Memory is touched when a row is first used.
+        entries: `[rows]`, of these the entries alone (dtype `V<entry_bytes>`).
+        position: int32 `[rows]`, of these the positions alone.
+        clean: bool `[rows]`, whether flash holds the row where its cluster lies.
+        stored: bool `[rows]`, whether flash held it anywhere at some time: writing it again moves data.
+    """
+
+    def __init__(self, rows: int, largest: int, entry_bytes: int) -> None:
+        row = entry_bytes + POSITION_BYTES
+        self._memory = mmap.mmap(-1, rows * row, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self.data = np.frombuffer(self._memory, dtype=f"V{row}", count=rows)
+        self.entries = np.ndarray((rows,), f"V{entry_bytes}", self._memory, strides=(row,))
+        self.position = np.ndarray((rows,), np.int32, self._memory, offset=entry_bytes, strides=(row,))
+        self.clean = np.zeros(rows, dtype=bool)
+        self.stored = np.zeros(rows, dtype=bool)
+        self.limit = rows
+        self.touched = 0
+        self._table = np.zeros((0, largest), dtype=np.int32)
+        # Taken from the end, so that low rows come first and the rest stays untouched.
+        self._free = np.arange(rows - 1, -1, -1, dtype=np.int32)
+        self._free_count = rows
+
+    @property
+    def nbytes(self) -> int:
+        """DRAM of the table of slots."""
+        return self._table.nbytes
+
+    @property
+    def touched_bytes(self) -> int:
+        """DRAM of the rows that were ever used."""
+        return self.touched * self.data.itemsize
+
+    def rows(self, slots: np.ndarray, offset: np.ndarray) -> np.ndarray:
+        """int32: the rows at `offset` of `slots` (broadcast); anything beyond a slot's size."""
+        return self._table[slots, offset]
+
+    def take(self, slots: np.ndarray, begin: np.ndarray, end: np.ndarray) -> np.ndarray:
+        """Give rows to offsets `begin` to `end` of `slots` (int64 `[N]` each).
+
+        Returns:
+            int32, the rows, slot by slot; neither clean nor stored.
+        """
+        self._cover(slots)
+        slot, offset = places(slots, begin, end)
+        self._free_count -= len(slot)
+        assert self._free_count >= 0, "room was not made"
+        rows = self._free[self._free_count : self._free_count + len(slot)][::-1]
+        self._table[slot, offset] = rows
+        self.clean[rows] = self.stored[rows] = False
+        self.touched = max(self.touched, int(rows.max(initial=-1)) + 1)
+        return rows
+
+    def drop(self, slots: np.ndarray, sizes: np.ndarray) -> None:
+        """Free the rows of slots that hold `sizes` entries."""
+        self._give_back(self.rows(*places(slots, np.zeros_like(sizes), sizes)))
+
+    def permute(self, slots: np.ndarray, order: np.ndarray, size: np.ndarray) -> np.ndarray:
+        """Rows of `slots` in another order, `[N, n]`; clean only where a row of the first `size` stays."""
+        rows = self._table[slots[:, None], order]
+        old = self._table[slots]
+        offset = np.arange(rows.shape[1])
+        moved = (offset < size[:, None]) & (rows != old)
+        self.clean[rows[moved]] = False
+        self._table[slots] = rows
+        return rows
+
+    def assign(self, slots: np.ndarray, rows: np.ndarray, size: np.ndarray) -> None:
+        """Give `slots` the first `size` of `rows` `[N, n]`, which were other slots'; they are no longer clean."""
+        self._cover(slots)
+        self._table[slots, : rows.shape[1]] = rows
+        self.clean[rows[np.arange(rows.shape[1]) < size[:, None]]] = False
+
+    def shrink(self, limit: int, slots: np.ndarray, sizes: np.ndarray) -> None:
+        """Give the memory of rows from `limit` on back; what `slots` (all there are) hold there moves below."""
+        slot, offset = places(slots, np.zeros_like(sizes), sizes)
+        rows = self._table[slot, offset]
+        above = rows >= limit
+        free = self._free[: self._free_count]
+        below = free[free < limit]
+        source, target = rows[above], below[len(below) - int(above.sum()) :]
+        self.data[target] = self.data[source]
+        self.clean[target], self.stored[target] = self.clean[source], self.stored[source]
+        self._table[slot[above], offset[above]] = target
+        below = below[: len(below) - len(target)]
+        self._free[: len(below)], self._free_count = below, len(below)
+        self.limit = limit
+        self.touched = min(self.touched, limit)
+        first = -(-limit * self.data.itemsize // mmap.PAGESIZE) * mmap.PAGESIZE
+        if len(self._memory) > first:
+            self._memory.madvise(mmap.MADV_DONTNEED, first, len(self._memory) - first)
+
+    def grow(self, limit: int) -> int:
+        """Use rows up to `limit` again, or as many as there are; returns the new limit."""
+        more = np.arange(min(limit, len(self.data)) - 1, self.limit - 1, -1, dtype=np.int32)
+        free = np.concatenate([more, self._free[: self._free_count]])
+        self._free[: len(free)], self._free_count = free, len(free)
+        self.limit += len(more)
+        return self.limit
+
+    def _cover(self, slots: np.ndarray) -> None:
+        if (have := len(self._table)) <= (most := int(slots.max(initial=-1))):
+            more = np.zeros((max(most + 1, have * 5 // 4, 64) - have, self._table.shape[1]), dtype=np.int32)
+            self._table = np.concatenate([self._table, more])
+
+    def _give_back(self, rows: np.ndarray) -> None:
+        self._free[self._free_count : self._free_count + len(rows)] = rows
+        self._free_count += len(rows)
+
+
+def places(slots: np.ndarray, begin: np.ndarray, end: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Slot and offset of every entry from `begin` to `end` of each of `slots`, int64, slot by slot."""
+    count = end - begin
+    ends = np.cumsum(count)
+    offset = np.arange(int(ends[-1]) if len(ends) else 0) - np.repeat(ends - count - begin, count)
+    return np.repeat(slots, count), offset

@@ -1,0 +1,88 @@
+"""Clusters that are read before anybody asks for them, while the layer before computes."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+
+from .engine import Transfer
+from .flash import Buffer, FlashFile
+
+
+@dataclass(frozen=True)
+class Placed:
+    """Clusters in a buffer, int64 `[N]` each.
+
+    Args:
+        first: byte at which a cluster's first entry begins.
+        step: bytes from there to each further entry; negative for those that grow downwards.
+        sizes: entries.
+    """
+
+    first: np.ndarray
+    step: np.ndarray
+    sizes: np.ndarray
+
+    def __getitem__(self, which: np.ndarray) -> Placed:
+        return Placed(self.first[which], self.step[which], self.sizes[which])
+
+
+@dataclass
+class AheadCounters:
+    """How well it went: clusters read ahead and those of them asked for; how long the reads took, and how much of that
+    somebody waited for them."""
+
+    clusters: int = 0
+    used: int = 0
+    seconds: float = 0.0
+    waited: float = 0.0
+
+
+class Ahead:
+    """One batch of clusters on their way into a buffer of their own."""
+
+    def __init__(self, buffer: Buffer) -> None:
+        self.buffer = buffer
+        self.counters = AheadCounters()
+        self._transfer: Transfer | None = None
+        self._index: dict[int, int] = {}
+        self._placed: Placed
+
+    def start(self, transfer: Transfer, addresses: np.ndarray, placed: Placed) -> None:
+        """The buffer is free, and `transfer` fills it with clusters."""
+        self._transfer, self._placed = transfer, placed
+        self._index = {address: i for i, address in enumerate(addresses.tolist())}
+        self.counters.clusters += len(addresses)
+
+    def take(self, addresses: np.ndarray, flash: FlashFile) -> tuple[np.ndarray, Placed | None]:
+        """Those of `addresses` that were read ahead: bool `[N]`, and where they are once they have arrived.
+
+        They are handed out once.
+        """
+        index = np.array([self._index.pop(address, -1) for address in addresses.tolist()], dtype=np.int64)
+        found = index >= 0
+        if not found.any():
+            return found, None
+        self.counters.used += int(found.sum())
+        self._finish(flash)
+        return found, self._placed[index[found]]
+
+    def forget(self, addresses: np.ndarray) -> None:
+        """Clusters no longer exist."""
+        for address in addresses.tolist():
+            self._index.pop(address, None)
+
+    def give_up(self, flash: FlashFile) -> None:
+        """Forget all; the buffer is free afterwards."""
+        self._index = {}
+        self._finish(flash)
+
+    def _finish(self, flash: FlashFile) -> None:
+        transfer, self._transfer = self._transfer, None
+        if transfer is not None:
+            started = time.perf_counter()
+            flash.wait(transfer)
+            self.counters.waited += time.perf_counter() - started
+            self.counters.seconds += transfer.seconds

@@ -1,0 +1,310 @@
+"""Both tiers together against a plain dictionary of entries, with faults at every call that reaches the device."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from kvsched import DynaKVConfig
+from kvsched.dynakv.pools import keep_order
+from kvsched.dynakv.storage import ClusterStorage
+from kvsched.errors import ConfigError, FlashError, UnsupportedModelError
+
+LARGEST = 8
+FORMS = [(6, torch.float32), (128, torch.float16), (64, torch.float32), (40, torch.bfloat16)]
+
+
+class Recorded:
+    """A storage, and beside it the entries and positions of every cluster as they should be."""
+
+    def __init__(self, width: int, dtype: torch.dtype, dram: int, seed: int = 0) -> None:
+        self.storage = ClusterStorage(DynaKVConfig(cluster_size=4, max_cluster_size=LARGEST, dram=dram, io_threads=2))
+        self.storage.open(width, dtype)
+        self.width, self.dtype = width, dtype
+        self.held: dict[int, tuple[torch.Tensor, np.ndarray]] = {}
+        self._draw = torch.Generator().manual_seed(seed)
+        self._tokens = 0
+
+    def away(self, count: int) -> list[int]:
+        """Neighbours on flash that are not in DRAM."""
+        addresses = np.array(list(self.held))
+        away = ~self.storage.resident(addresses)
+        start = next(i for i in range(len(away)) if away[i : i + count].all())
+        return addresses[start : start + count].tolist()
+
+    def fresh(self, count: int) -> tuple[torch.Tensor, np.ndarray]:
+        """Entries that differ in every bit, NaN and infinities among them, and positions."""
+        nbytes = count * self.width * self.dtype.itemsize
+        raw = torch.randint(0, 256, (nbytes,), dtype=torch.uint8, generator=self._draw)
+        self._tokens += count
+        return raw.view(self.dtype).view(count, self.width), np.arange(self._tokens - count, self._tokens)
+
+    def sizes(self, addresses: list[int]) -> np.ndarray:
+        return np.array([len(self.held[address][0]) for address in addresses], dtype=np.int64)
+
+    def create(self, sizes: list[int], groups: int = 1) -> list[int]:
+        size = np.array(sizes, dtype=np.int64)
+        group = np.arange(len(sizes)) * groups // max(1, len(sizes))
+        made = []
+        for part in self.storage.rounds(len(sizes)):
+            entries, position = self.fresh(int(size[part].sum()))
+            addresses = self.storage.create(entries, size[part], position, group[part]).tolist()
+            ends = np.cumsum(size[part])
+            for address, end, count in zip(addresses, ends.tolist(), sizes[part], strict=True):
+                assert address not in self.held
+                self.held[address] = entries[end - count : end], position[end - count : end]
+            made += addresses
+        return made
+
+    def append(self, addresses: list[int]) -> None:
+        for part in self.storage.rounds(len(addresses)):
+            some = addresses[part]
+            size = self.sizes(some)
+            slots = self.storage.fetch(np.array(some), size)
+            entries, position = self.fresh(len(some))
+            self.storage.append(slots, size, entries, position)
+            for i, address in enumerate(some):
+                old, at = self.held[address]
+                self.held[address] = torch.cat([old, entries[i : i + 1]]), np.append(at, position[i])
+
+    def split(self, addresses: list[int], draw: np.random.Generator) -> list[int]:
+        made = []
+        for part in self.storage.rounds(len(addresses)):
+            some = addresses[part]
+            size = self.sizes(some)
+            slots = self.storage.fetch(np.array(some), size)
+            second = np.stack([draw.permutation(LARGEST) < LARGEST // 2 for _ in some])
+            offset = np.arange(LARGEST)
+            second = np.where(offset == 0, False, np.where(offset == 1, True, second))
+            order = keep_order(second, size)
+            into = (second & (offset < size[:, None])).sum(1)
+            sizes = np.stack([size - into, into], axis=1)
+            addresses_made = self.storage.split(slots, order, sizes).tolist()
+            for address, other, by, (stay, leave) in zip(some, addresses_made, order, sizes.tolist(), strict=True):
+                entries, position = self.held[address]
+                self.held[address] = entries[by[:stay]], position[by[:stay]]
+                self.held[other] = entries[by[stay : stay + leave]], position[by[stay : stay + leave]]
+            made += addresses_made
+        return made
+
+    def free(self, addresses: list[int]) -> None:
+        self.storage.free(np.array(addresses, dtype=np.int64))
+        for address in addresses:
+            del self.held[address]
+
+    def check(self, addresses: list[int]) -> None:
+        entries, position = self.storage.gather(np.array(addresses, dtype=np.int64), self.sizes(addresses))
+        wanted = [self.held[address] for address in addresses]
+        if addresses:
+            expected = torch.cat([part for part, _ in wanted])
+            assert torch.equal(entries.view(torch.uint8), expected.view(torch.uint8))
+            assert position.tolist() == np.concatenate([at for _, at in wanted]).tolist()
+
+
+class Everything(RuleBasedStateMachine):
+    """Any sequence of what layers do, with DRAM for a few clusters."""
+
+    @initialize(form=st.sampled_from(FORMS), room=st.integers(0, 12), seed=st.integers(0, 99))
+    def start(self, form, room, seed):
+        width, dtype = form
+        entry = width * dtype.itemsize + 10
+        # What the error of a too small budget asks for, and room for some more.
+        self.record = Recorded(
+            width, dtype, 3 * (4096 * (1 + 10 * entry // 4096 + 1)) + (2 + room) * LARGEST * entry, seed
+        )
+        self.draw = np.random.default_rng(seed)
+
+    def some(self, count: int, at_least: int = 1, at_most: int = LARGEST) -> list[int]:
+        fitting = [a for a, (entries, _) in self.record.held.items() if at_least <= len(entries) <= at_most]
+        return [int(a) for a in self.draw.permutation(fitting)[:count]]
+
+    @rule(sizes=st.lists(st.integers(1, LARGEST), min_size=1, max_size=30), groups=st.integers(1, 3))
+    def create(self, sizes, groups):
+        self.record.create(sizes, groups)
+
+    @precondition(lambda self: self.record.held)
+    @rule(count=st.integers(1, 12))
+    def append(self, count):
+        self.record.append(self.some(count, at_most=LARGEST - 1))
+
+    @precondition(lambda self: self.record.held)
+    @rule(count=st.integers(1, 6))
+    def split(self, count):
+        self.record.split(self.some(count, at_least=2), self.draw)
+
+    @precondition(lambda self: self.record.held)
+    @rule(count=st.integers(1, 10))
+    def free(self, count):
+        self.record.free(self.some(count))
+
+    @rule(count=st.integers(1, 40))
+    def read(self, count):
+        self.record.check(self.some(count))
+
+    @rule(count=st.integers(1, 40))
+    def read_ahead(self, count):
+        some = self.some(count)
+        self.record.storage.prefetch(np.array(some, dtype=np.int64), self.record.sizes(some))
+
+    @rule(others=st.integers(0, 100_000))
+    def others_take_dram(self, others):
+        self.record.storage.spend("others", others)
+
+    @invariant()
+    def nothing_is_counted_twice(self):
+        if hasattr(self, "record"):
+            assert self.record.storage.pools.used == len(self.record.held)
+            assert self.record.storage.table.used <= self.record.storage.table.capacity
+
+    def teardown(self):
+        if hasattr(self, "record"):
+            self.record.check(list(self.record.held))
+            self.record.storage.close()
+
+
+TestEverything = Everything.TestCase
+TestEverything.settings = settings(max_examples=40, stateful_step_count=40, deadline=None)
+
+
+@pytest.fixture
+def recorded() -> Iterator[Callable[..., Recorded]]:
+    """Makes storages with a record and closes them, also when a test fails."""
+    made: list[Recorded] = []
+
+    def make(*args: Any, **kwargs: Any) -> Recorded:
+        made.append(Recorded(*args, **kwargs))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.storage.close()
+
+
+def test_a_budget_shared_with_others_gives_memory_back(recorded):
+    record = recorded(128, torch.float32, 4 << 20)
+    addresses = record.create([4] * 3000)
+    before, capacity = record.storage.arena_bytes, record.storage.table.capacity
+    record.storage.spend("index of a layer", 2 << 20)
+    record.check(addresses[:10])
+    assert record.storage.arena_bytes + (2 << 20) <= 4 << 20 <= before + (2 << 20)
+    record.check(addresses)
+    record.storage.spend("index of a layer", 0)
+    record.check(addresses)
+    assert record.storage.table.capacity > capacity - 200
+    assert record.storage.arena_bytes + record.storage.table_bytes <= 4 << 20
+
+
+def test_a_step_that_needs_more_than_dram_comes_in_parts(recorded):
+    record = recorded(128, torch.float32, 1 << 20)
+    addresses = record.create([LARGEST] * 600)
+    assert record.storage.table.capacity < 600 * LARGEST
+    record.check(addresses)
+    with pytest.raises(ConfigError, match="Set dram higher, or lower budget"):
+        record.storage.begin()
+        record.storage.fetch(np.array(addresses), record.sizes(addresses))
+
+
+def test_neighbours_come_in_one_read_and_its_bytes_are_told(recorded):
+    record = recorded(126, torch.float32, 2 << 20)
+    record.create([4] * 2000)
+    told = []
+    record.storage.on_read = lambda nbytes, brought: told.append((nbytes, brought.tolist()))
+    counters = record.storage.flash.counters
+    before = counters.reads
+    wanted = record.away(12)
+    record.check(wanted)
+    assert counters.reads == before + 1
+    assert [sorted(brought) for _, brought in told] == [sorted(wanted)]
+    bytes_wanted = record.sizes(wanted).sum() * 508
+    assert bytes_wanted <= told[0][0] <= bytes_wanted + 2 * record.storage.flash.alignment
+
+
+def test_appends_and_splits_write_little_again(recorded):
+    record = recorded(128, torch.float32, 256 << 10)
+    addresses = record.create([2] * 400)
+    record.check(addresses)
+    assert record.storage.bytes_moved == 0
+    for _ in range(5):
+        record.append(addresses[:100])
+    record.check(addresses)
+    moved = record.storage.bytes_moved // 516
+    assert 200 <= moved <= 100 * (2 + 4)  # out of the pool that was full, and once more when it doubled
+
+
+def test_what_is_read_ahead_is_not_read_again(recorded):
+    record = recorded(128, torch.float32, 2 << 20)
+    record.create([4] * 2000)
+    wanted = record.away(30)
+    record.storage.prefetch(np.array(wanted), record.sizes(wanted))
+    told = []
+    record.storage.on_read = lambda nbytes, brought: told.append(brought)
+    record.check(wanted[:10])
+    record.free(wanted[10:20])
+    again = record.create([4] * 10)  # they take the addresses that were freed
+    record.check(again)
+    record.check(wanted[20:])
+    assert told == []
+    counters = record.storage.ahead.counters
+    assert (counters.clusters, counters.used) == (30, 20)
+    assert counters.waited >= 0 and counters.seconds > 0
+
+
+def test_layers_of_different_forms_and_budgets_too_small(recorded):
+    record = recorded(8, torch.float32, 1 << 20)
+    record.storage.open(8, torch.float32)
+    with pytest.raises(UnsupportedModelError, match=r"8 numbers of torch.float32 in one and 8 of torch.float16"):
+        record.storage.open(8, torch.float16)
+    with pytest.raises(ConfigError, match=r"dram=1000 bytes is less than two clusters .* Set it to \d+ bytes or more"):
+        recorded(8, torch.float32, 1000)
+
+
+class Faulty:
+    """A call of `os` that fails from its `nth` time on."""
+
+    def __init__(self, call: Callable[..., Any], nth: int, code: int) -> None:
+        self.call, self.left, self.code = call, nth, code
+
+    def __call__(self, *args: Any) -> Any:
+        self.left -= 1
+        if self.left < 0:
+            raise OSError(self.code, os.strerror(self.code))
+        return self.call(*args)
+
+
+def use_all(record: Recorded) -> None:
+    """Everything that a layer does, in DRAM too small for it."""
+    for _ in range(2):
+        addresses = record.create([3] * 100)
+        record.append(addresses[::7])
+        record.storage.prefetch(np.array(addresses[:50]), record.sizes(addresses[:50]))
+        record.check(addresses[20:80])
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC])
+@pytest.mark.parametrize("call", ["preadv", "pwritev", "posix_fallocate"])
+def test_a_fault_at_any_call_is_an_error_then_and_ever_after(recorded, monkeypatch, call, code):
+    original = getattr(os, call)
+    for nth in (0, 1, 2, 5, 12, 30, 1000):
+        monkeypatch.setattr(os, call, original)
+        record = recorded(128, torch.float16, 96 << 10)
+        monkeypatch.setattr(os, call, Faulty(original, nth, code))
+        try:
+            use_all(record)
+            break  # so few calls were needed
+        except FlashError as error:
+            assert os.strerror(code) in str(error)
+        with pytest.raises(FlashError, match=r"lost when a transfer failed\. Make a new DynaKVCache"):
+            use_all(record)
+        record.storage.close()
+    else:
+        pytest.fail("so many calls cannot have been needed")
+    assert nth > 0
