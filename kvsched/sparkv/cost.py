@@ -46,16 +46,23 @@ class DeviceProfile:
         chunk_tokens: tokens in a chunk.
         base: `[layers + 1]`, seconds to compute a chunk without context to each depth; 0 at depth 0.
         per_token: `[layers + 1]`, seconds that each token of context before the chunk adds, by attention.
+        single: seconds of the model's whole pass over a single token: what its weights cost, however few the tokens.
     """
 
     chunk_tokens: int
     base: tuple[float, ...]
     per_token: tuple[float, ...]
+    single: float
 
     def compute_seconds(self, grid: Grid) -> np.ndarray:
         """`[chunks, layers + 1]`: seconds to compute each chunk of `grid` to each depth."""
         context = np.arange(grid.chunks)[:, None] * grid.chunk_tokens
         return np.array(self.base) + np.array(self.per_token) * context
+
+    def pass_seconds(self, tokens: int, context: int) -> float:
+        """Seconds of the model's whole pass over `tokens` behind `context` tokens."""
+        chunk = self.base[-1] + self.per_token[-1] * context
+        return self.single + max(chunk - self.single, 0.0) * tokens / self.chunk_tokens
 
     @classmethod
     def measure(cls, model: PreTrainedModel, chunk_tokens: int) -> DeviceProfile:
@@ -79,9 +86,10 @@ class DeviceProfile:
             (time_layers(cache, model, ids, 0), time_layers(cache, model, ids, far))
             for _ in trange(_ROUNDS, desc="measuring this device", leave=False, disable=None)
         ]
+        single = min(_time_single(model, ids[:, :1]) for _ in range(_ROUNDS))
         near_seconds, far_seconds = np.min(rounds, axis=0)
         slope = np.maximum(far_seconds - near_seconds, 0) / far
-        return cls(chunk_tokens, tuple(near_seconds.tolist()), tuple(slope.tolist()))
+        return cls(chunk_tokens, tuple(near_seconds.tolist()), tuple(slope.tolist()), single)
 
     @classmethod
     def of(cls, model: PreTrainedModel, chunk_tokens: int) -> DeviceProfile:
@@ -116,6 +124,13 @@ def time_layers(cache: PrefixCache, model: PreTrainedModel, token_ids: torch.Ten
     begin = time.perf_counter()
     cache.compute(model, token_ids, start, note)
     return np.array(seconds)
+
+
+@torch.no_grad()
+def _time_single(model: PreTrainedModel, token_ids: torch.Tensor) -> float:
+    begin = time.perf_counter()
+    model(token_ids.to(model.device), use_cache=False)
+    return time.perf_counter() - begin
 
 
 def _profile_path(model: PreTrainedModel, chunk_tokens: int) -> Path:

@@ -99,9 +99,10 @@ class Loader:
         self.planner, self.objective = PLANNERS[config.planner], objective_of(config)
         # Allocated here, as both paths write to it at once.
         self.cache = PrefixCache(model.config, self.grid.tokens).allocate(model)
-        self.compute_table = DeviceProfile.of(model, self.grid.chunk_tokens).compute_seconds(self.grid)
+        profile = DeviceProfile.of(model, self.grid.chunk_tokens)
+        self.compute_table = profile.compute_seconds(self.grid)
         query_tokens = token_ids.shape[1] - self.grid.tokens
-        self.query_seconds = float(self.compute_table[-1, -1]) * query_tokens / self.grid.chunk_tokens
+        self.query_seconds = profile.pass_seconds(query_tokens, self.grid.tokens) if query_tokens else 0.0
         # layer_bytes[t, l]: bytes of layer l's payload; a chunk object lists them last layer first.
         self.layer_bytes = np.array([chunk.payload_bytes[::-1] for chunk in manifest.chunks], dtype=float)
         self.compute_rate, self.link_rate = ComputeRate(), LinkRate(goodput)

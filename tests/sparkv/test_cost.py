@@ -11,7 +11,7 @@ from kvsched.sparkv.cost import ComputeRate, DeviceProfile, LinkRate, time_layer
 from kvsched.sparkv.forward import PrefixCache
 from kvsched.sparkv.grid import Grid
 
-PROFILE = DeviceProfile(16, (0.0, 1.0, 3.0), (0.0, 0.01, 0.02))
+PROFILE = DeviceProfile(16, (0.0, 1.0, 3.0), (0.0, 0.01, 0.02), 0.5)
 
 
 def test_compute_table_grows_with_context_and_depth() -> None:
@@ -45,7 +45,7 @@ def test_each_depth_is_timed_and_computed(tiny_model) -> None:
 def test_a_profile_is_renewed_on_demand(tiny_model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(platformdirs, "user_cache_dir", lambda name: str(tmp_path))
     model = tiny_model("llama")
-    profiles = iter([DeviceProfile(64, (0.0, n, n), (0.0, 0.0, 0.0)) for n in (1.0, 2.0)])
+    profiles = iter([DeviceProfile(64, (0.0, n, n), (0.0, 0.0, 0.0), 0.0) for n in (1.0, 2.0)])
     monkeypatch.setattr(DeviceProfile, "measure", classmethod(lambda cls, model, tokens: next(profiles)))
     first = DeviceProfile.of(model, 64)
     assert DeviceProfile.renew(model, 64) != first
@@ -61,7 +61,7 @@ def test_a_profile_is_measured_once_and_damaged_ones_again(
     monkeypatch.setattr(
         DeviceProfile,
         "measure",
-        classmethod(lambda cls, model, tokens: measured.append(tokens) or cls(tokens, (0.0,) * 3, (0.0,) * 3)),
+        classmethod(lambda cls, model, tokens: measured.append(tokens) or cls(tokens, (0.0,) * 3, (0.0,) * 3, 0.0)),
     )
     model.config.num_hidden_layers, model.config.layer_types = 2, ["full_attention"] * 2
     first = DeviceProfile.of(model, 64)
@@ -72,6 +72,12 @@ def test_a_profile_is_measured_once_and_damaged_ones_again(
     assert len(measured) == (1 if damage is None else 2)
     DeviceProfile.of(model, 32)
     assert measured[-1] == 32
+
+
+def test_a_short_pass_costs_at_least_what_a_single_token_does() -> None:
+    assert PROFILE.pass_seconds(16, 0) == 3.0 and PROFILE.pass_seconds(16, 100) == 5.0
+    assert PROFILE.pass_seconds(8, 0) == 0.5 + 2.5 / 2
+    assert PROFILE.pass_seconds(0, 0) == 0.5
 
 
 def test_compute_rate_is_actual_over_predicted_of_late() -> None:

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 import torch
-from faults import FAULTS, FailsAtByte, Faulty
+from faults import FAULTS, FailsAtByte, Faulty, Request, Send, honest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -96,6 +96,68 @@ def test_a_server_that_fails_at_any_byte(published: Published, fault: str, plann
     assert answer.failed or planner == "optimal"
     # What is truncated may be asked for again, and a bit that nobody reads does no harm; but a link that is dead shows.
     assert report.fallback is not None or planner == "optimal" or fault not in ("killed", "silent")
+
+
+class Progressive:
+    """A folder published progressively, and its keys and values as they are before and after they are refined."""
+
+    def __init__(self, model: Any, folder: Path) -> None:
+        self.model, self.folder = model, folder
+        self.options = {"codec": "progressive", "chunk_tokens": CHUNK, "planner": "stream", "stall_timeout": 0.3}
+        kvsched.publish(model, IDS, store=folder, config=self.options)
+        newest = max((path.read_bytes() for path in folder.rglob("manifests/*/*.json")), key=len)
+        self.paths = {"/" + chunk_path(entry["address"]) for entry in json.loads(newest)["refinements"]}
+        cache, self.coarse = self.load(str(folder))
+        cache.refine()
+        self.fine = self.states(cache)
+        self.bytes_sent = sum((folder / path[1:]).stat().st_size for path in self.paths)
+
+    def load(self, store: str) -> tuple[kvsched.SparKVCache, list[torch.Tensor]]:
+        """A loaded cache and what it holds before anything that refines it is taken over."""
+        cache = kvsched.SparKVCache(self.model.config, store=store, **self.options)
+        cache.load(self.model, IDS)
+        return cache, self.states(cache)
+
+    @staticmethod
+    def states(cache: kvsched.SparKVCache) -> list[torch.Tensor]:
+        return [state.clone() for layer in cache.layers for state in (layer.keys, layer.values)]
+
+
+@pytest.fixture(scope="module")
+def progressive(tiny_model, tmp_path_factory: pytest.TempPathFactory) -> Progressive:
+    return Progressive(tiny_model("llama", num_hidden_layers=4), tmp_path_factory.mktemp("progressive"))
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@settings(deadline=None, max_examples=10)
+@given(data=st.data())
+def test_a_server_that_fails_while_a_prefix_is_refined(
+    progressive: Progressive, fault: str, data: st.DataObject
+) -> None:
+    """Every layer of every chunk is as coarse as it came or as fine as it was published, and the report counts them."""
+    fails = FailsAtByte(data.draw(st.integers(0, progressive.bytes_sent - 1), "byte"), fault)
+
+    def answer(request: Request, send: Send) -> None:
+        (fails if request.path in progressive.paths else honest)(request, send)
+
+    with Faulty(progressive.folder, answer).running() as server:
+        begin = time.monotonic()
+        cache, coarse = progressive.load(server.url)
+        assert all(map(torch.equal, coarse, progressive.coarse))
+        report = cache.refine()
+        assert time.monotonic() - begin < BOUND
+        states = progressive.states(cache)
+        del cache
+        fails.over.set()
+        server.expect_left()
+    left = 0
+    for index, (state, before, after) in enumerate(zip(states, progressive.coarse, progressive.fine, strict=True)):
+        for chunk in range(TOKENS // CHUNK):
+            span = slice(chunk * CHUNK, (chunk + 1) * CHUNK)
+            is_fine = torch.equal(state[:, :, span], after[:, :, span])
+            assert is_fine or torch.equal(state[:, :, span], before[:, :, span])
+            left += not is_fine and index % 2 == 0
+    assert left == report.coarse and (report.fallback is None) == (left == 0)
 
 
 def fields(document: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
