@@ -31,6 +31,9 @@ app = typer.Typer(
 model = typer.Typer(help="Get the model that examples and tests use, or any other.", no_args_is_help=True)
 app.add_typer(model, name="model")
 
+trace = typer.Typer(help="Record what attention sees in a real run, and judge policies on it.", no_args_is_help=True)
+app.add_typer(trace, name="trace")
+
 _Name = Annotated[str | None, typer.Argument(help="A folder or a name on the hub; without it the default model.")]
 
 
@@ -151,3 +154,49 @@ def calibrate(
     typer.echo(calibration.keep())
     if store is not None:
         Store(store, writable=True).put(calibration_path(calibration.id), calibration.to_bytes())
+
+
+@trace.command("record")
+def trace_record(
+    document: Annotated[Path, typer.Argument(help="A text, or a .json file that holds one list of token ids.")],
+    output: Annotated[Path, typer.Argument(help="The trace to write, a safetensors file.")],
+    prompt_length: Annotated[int, typer.Option(help="Tokens that count as the prompt.", min=1)] = 1024,
+    tokens: Annotated[int | None, typer.Option(help="Take that many tokens of the text.", min=2)] = None,
+    name: Annotated[str | None, typer.Option("--model", help="A folder or a name on the hub.")] = None,
+) -> None:
+    """Run a text through a model and write queries, keys and values of its full-attention layers, in float16."""
+    from .hub import load_model
+    from .sparkv.publish import read_token_ids
+    from .trace import record
+
+    model, tokenizer = load_model(name)
+    made = record(model, read_token_ids(document, tokenizer)[0, :tokens], prompt_length, output)
+    typer.echo(f"{made.path}: {made.tokens} tokens, {made.prompt_length} of them prompt, {len(made.layers)} layers")
+
+
+@trace.command("replay")
+def trace_replay(
+    file: Annotated[Path, typer.Argument(help="A trace, as `kvsched trace record` writes it.")],
+    policy: Annotated[list[str] | None, typer.Option(help="Which to replay; repeat it. Without it, dynakv.")] = None,
+    budget: Annotated[int, typer.Option(help="Tokens per KV head beside sinks and recent ones.", min=0)] = 256,
+    sinks: Annotated[int, typer.Option(help="First tokens that always take part.", min=0)] = 16,
+    recent: Annotated[int, typer.Option(help="Newest tokens that always take part.", min=1)] = 64,
+    every: Annotated[int, typer.Option(help="Measure every so many steps, the first included.", min=1)] = 64,
+    layers: Annotated[str | None, typer.Option(help="Numbers of layers, as in 0,6,12; without it, all.")] = None,
+    config: Annotated[Path | None, typer.Option(help="A YAML file of further DynaKV options.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write all rows there.")] = None,
+) -> None:
+    """Decode a trace again by one or more policies and compare each step with exact attention."""
+    from .config import DynaKVConfig
+    from .replay import configured, replay, select_layers, table, write_rows
+    from .trace import Trace
+
+    base = DynaKVConfig() if config is None else DynaKVConfig.from_yaml(config)
+    base = DynaKVConfig.merge(base, {"budget": budget, "sinks": sinks, "recent": recent})
+    configs = [configured(name, base) for name in dict.fromkeys(policy or ["dynakv"])]
+    recorded = Trace.open(file)
+    chosen = select_layers(recorded, layers)
+    outcomes = [replay(recorded, one, chosen, every) for one in configs]
+    if json_file is not None:
+        write_rows(outcomes, json_file)
+    typer.echo(table(outcomes))

@@ -31,3 +31,7 @@ class ChunkError(KVSchedError, ValueError):
 
 class FlashError(KVSchedError, OSError):
     """The cluster files on flash cannot be created, read or written."""
+
+
+class TraceError(KVSchedError, ValueError):
+    """A file that is no trace of a run, or one that cannot be written."""

@@ -3,12 +3,13 @@
 Throughout, `S` counts streams: batch rows x KV heads. Every operation runs over all streams at once.
 """
 
-from .attention import cap_scores, decode_attention, merge_parts, softmax_weights
+from .attention import Part, cap_scores, decode_attention, merge_parts, softmax_weights
 from .codes import dot, mix, pack, unpack
 from .kmeans import divide, kmeans, members, moments, nearest, two_means
 from .select import choose_clusters
 
 __all__ = [
+    "Part",
     "cap_scores",
     "choose_clusters",
     "decode_attention",

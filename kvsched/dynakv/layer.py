@@ -17,6 +17,7 @@ import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from kvsched_kernels import (
+    Part,
     cap_scores,
     decode_attention,
     members,
@@ -159,34 +160,34 @@ class DynaKVLayer(CacheLayerMixin):
             raise UnsupportedModelError("this model adds a position bias to attention, which DynaKV does not support.")
         batch, heads, _, dim = query.shape
         group = query.reshape(self._streams, heads // self._kv_heads, dim)
-        scaling = dim**-0.5 if scaling is None else scaling
-        held = self.dense.used
-        entries, present = self.dense.entries[:, held], self.dense.position[:, held] >= 0
         sinks = None if s_aux is None else s_aux.view(self._kv_heads, -1).repeat(batch, 1)
-        parts = [self._attend(group, entries, present, scaling, softcap, sinks)]
-        if self.index.width:
-            parts += self._attend_clusters(group, scaling, softcap)
+        parts = self._parts(group, dim**-0.5 if scaling is None else scaling, softcap, sinks)
         self.steps += 1
         return merge_parts(parts).to(query.dtype).view(batch, 1, heads, -1)
 
-    def _attend(
-        self, query: torch.Tensor, entries: torch.Tensor, present: torch.Tensor, *how: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        keys, values = entries[..., : self._key_width], entries[..., self._key_width :]
-        return decode_attention(query, keys, values, present, *how)
+    def _parts(
+        self, query: torch.Tensor, scaling: float, softcap: float | None, sinks: torch.Tensor | None
+    ) -> list[Part]:
+        """Attention of `query` `[S, G, D]` over tokens in DRAM, over clusters it retrieves, and the estimate of others.
 
-    def _attend_clusters(
-        self, query: torch.Tensor, scaling: float, softcap: float | None
-    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Attention of `query` `[S, G, D]` over the clusters that it retrieves, and its estimate over the others."""
+        The second and the third are missing where there are no clusters or no estimate.
+        """
+        held = self.dense.used
+        entries, present = self.dense.entries[:, held], self.dense.position[:, held] >= 0
+        parts = [decode_attention(query, *self._apart(entries), present, scaling, softcap, sinks)]
+        if self.index.width == 0:
+            return parts
         score = self.policy.score(query, self.index)
         waiting = (self.dense.position[:, self.dense.waiting] >= 0).sum(1, keepdim=True)
         found = self.policy.choose(score, self.index, (self.config.budget - waiting).clamp_min(0))
         entries, present = self._retrieve(found)
-        exact = self._attend(query, entries, present, scaling, softcap)
-        if not self.policy.estimated:
-            return [exact]
-        return [exact, self._estimate(cap_scores(score * scaling, softcap), found, exact[1])]
+        parts.append(decode_attention(query, *self._apart(entries), present, scaling, softcap))
+        if self.policy.estimated:
+            parts.append(self._estimate(cap_scores(score * scaling, softcap), found, parts[1][1]))
+        return parts
+
+    def _apart(self, entries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return entries[..., : self._key_width], entries[..., self._key_width :]
 
     def _retrieve(self, found: Retrieval) -> tuple[torch.Tensor, torch.Tensor]:
         """The entries of clusters: `[S, n, width]`, and bool `[S, n]` where there is one."""
@@ -199,9 +200,7 @@ class DynaKVLayer(CacheLayerMixin):
         present[at.stream, at.column] = True
         return entries, present
 
-    def _estimate(
-        self, score: torch.Tensor, found: Retrieval, total: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _estimate(self, score: torch.Tensor, found: Retrieval, total: torch.Tensor) -> Part:
         """Attention over the clusters left out: each as `size` tokens with its mean key and mean value.
 
         A mean key underrates its cluster, since exp is convex. By how much shows on the retrieved clusters, whose exact
@@ -331,8 +330,7 @@ class DynaKVLayer(CacheLayerMixin):
             self.index.create(made[part], self._to_device(address), link[part], group[whole[part]] if chained else None)
 
     def _summarise(self, entries: torch.Tensor, mask: torch.Tensor) -> dict[str, torch.Tensor]:
-        entries = entries.float()
-        return self.policy.summarise(entries[..., : self._key_width], entries[..., self._key_width :], mask)
+        return self.policy.summarise(*self._apart(entries.float()), mask)
 
     def _settle(self) -> None:
         """Bring waiting tokens into their clusters until no more than `WAITING` wait in any stream (Algorithm 1)."""
