@@ -264,7 +264,8 @@ def schedule(
     """Every request over shaped links, in order: a context after the other, each with its own number of repeats.
 
     Within a repeat the planners of a cell stand side by side. Who is first changes from cell to cell and from repeat to
-    repeat, so that a machine that drifts favours nobody.
+    repeat, so that a machine that drifts favours nobody. A local prefill knows no round trip: it is measured with the
+    first of them.
     """
     order = []
     for context, count in zip(contexts, repeats, strict=True):
@@ -273,7 +274,7 @@ def schedule(
             for index, (mbit, rtt) in enumerate(cells):
                 first = (index + repeat) % len(planners)
                 turn = planners[first:] + planners[:first]
-                order += [Case(context, mbit, rtt, planner) for planner in turn]
+                order += [Case(context, mbit, rtt, name) for name in turn if name != "local" or rtt == rtts[0]]
     return order
 
 

@@ -151,13 +151,17 @@ def joules(row: Row, profile: PowerProfile, radio: str) -> float:
 
 
 def times(rows: Rows, of: Callable[[Row], float] = lambda row: float(row["ttft"])) -> dict[Cell, dict[str, float]]:
-    """For each cell of shaped links the median of `of` for each planner."""
+    """For each cell of shaped links the median of `of` for each planner; a local prefill counts for every round trip."""
     cells: dict[Cell, dict[str, float]] = {}
     for done in rows.values():
         if done and not is_recorded(done[0]):
             row = done[0]
             cell = (row["context"], row["link"], row["rtt_ms"])
             cells.setdefault(cell, {})[row["planner"]] = statistics.median(of(one) for one in done)
+    local = {(context, link): found["local"] for (context, link, _), found in cells.items() if "local" in found}
+    for (context, link, _), found in cells.items():
+        if (context, link) in local:
+            found.setdefault("local", local[context, link])
     return cells
 
 
