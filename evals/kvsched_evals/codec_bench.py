@@ -7,11 +7,14 @@ stays the same. Speeds are of one core, in bytes of the cache in half precision.
 
 from __future__ import annotations
 
+import inspect
 import json
 import shlex
 import statistics
 import sys
+import tarfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Annotated, Any, get_args
@@ -26,17 +29,21 @@ import kvsched
 from kvsched.errors import ConfigError
 from kvsched.sparkv.address import fingerprint
 from kvsched.sparkv.calibration import Calibration
-from kvsched.sparkv.codec import CodecName, Coder
+from kvsched.sparkv.codec import Base, ChunkHeader, CodecName, Coder, LayerEntry
 from kvsched.sparkv.rope import Rotation
 
 from .machine import describe
 
-# Chapters of the Python language reference, none of which `kvsched calibrate` reads: prose, tables, methods, grammar.
-TEXTS = ("compound", "formatstrings", "string-methods")
 CONTEXT, FOLLOWING, CHUNK = 1024, 256, 256
 REPEATS = 3
 
 Layers = list[tuple[torch.Tensor, torch.Tensor]]
+
+
+def texts() -> dict[str, str]:
+    """Prose, tables and code that come with every Python; neither `kvsched calibrate` nor any choice has read them."""
+    chapters = {name: topics[name] for name in ("import", "operator-summary", "debugger")}
+    return {**chapters, **{module.__name__: inspect.getsource(module) for module in (statistics, tarfile)}}
 
 
 @torch.no_grad()
@@ -49,8 +56,12 @@ def reading(model: PreTrainedModel, ids: torch.Tensor, layers: Layers | None = N
     return logits.log_softmax(-1), [(layer.keys[0], layer.values[0]) for layer in cache.layers]
 
 
-def through(coder: Coder, layers: Layers) -> tuple[Layers, dict[str, Any]]:
-    """`layers`, `[heads, tokens, head_dim]` each, written and read back in chunks, and what that costs."""
+def through(coder: Coder, layers: Layers, refined: bool = False) -> tuple[Layers, dict[str, Any]]:
+    """`layers`, `[heads, tokens, head_dim]` each, written and read back in chunks, and what that costs.
+
+    Args:
+        refined: of `progressive`, with the residuals; else the bases alone.
+    """
     threads, encode_seconds, decode_seconds, size = torch.get_num_threads(), [], [], 0
     back: list[list[tuple[torch.Tensor, torch.Tensor]]] = [[] for _ in layers]
     torch.set_num_threads(1)
@@ -58,14 +69,20 @@ def through(coder: Coder, layers: Layers) -> tuple[Layers, dict[str, Any]]:
         for start in range(0, CONTEXT, CHUNK):
             chunk = [(keys[:, start : start + CHUNK], values[:, start : start + CHUNK]) for keys, values in layers]
             begin = time.perf_counter()
-            header, data = coder.encode(start, chunk)
+            objects = [coder.encode(start, chunk)]
+            if refined and (refinement := coder.encode_refinement(start, chunk)) is not None:
+                objects.append(refinement)
             encode_seconds.append(time.perf_counter() - begin)
-            size += len(data)
+            size += sum(len(data) for _, data in objects)
+            (header, _), (finer, _) = objects[0], objects[-1]
+            entries = [list(payloads(*one)) for one in objects]
             for repeat in range(REPEATS):
-                offset, begin = len(header.to_bytes()), time.perf_counter()
-                for entry in header.layers:
-                    decoded = coder.decode(header, entry, data[offset : offset + entry.length])
-                    offset += entry.length
+                begin = time.perf_counter()
+                for (entry, payload), (more, residual) in zip(entries[0], entries[-1], strict=True):
+                    if refined:
+                        decoded = coder.refine(finer, more, residual, Base(header, entry, payload))
+                    else:
+                        decoded = coder.decode(header, entry, payload)
                     if repeat == 0:
                         back[entry.layer].append(decoded)
                 decode_seconds.append(time.perf_counter() - begin)
@@ -79,6 +96,14 @@ def through(coder: Coder, layers: Layers) -> tuple[Layers, dict[str, Any]]:
         "encode_mb_s": speed / statistics.median(encode_seconds),
         "decode_mb_s": speed / statistics.median(decode_seconds),
     }
+
+
+def payloads(header: ChunkHeader, data: bytes) -> Iterator[tuple[LayerEntry, bytes]]:
+    """Every layer's entry and bytes in a chunk object."""
+    offset = len(header.to_bytes())
+    for entry in header.layers:
+        yield entry, data[offset : offset + entry.length]
+        offset += entry.length
 
 
 def compare(expected: torch.Tensor, actual: torch.Tensor) -> dict[str, float]:
@@ -117,13 +142,14 @@ def main(
     coders = {name: Coder(name, model.dtype, rotation, calibration) for name in names}
     for name in ("balanced", "small"):
         coders[f"{name}, not calibrated"] = Coder(name, model.dtype, rotation)
+    coders["progressive, refined"] = coders["progressive"]
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in coders}
-    for text in tqdm(TEXTS, desc="codec", unit="text"):
-        ids = tokenizer(topics[text], return_tensors="pt").input_ids[:, : CONTEXT + FOLLOWING]
+    for text, content in tqdm(texts().items(), desc="codec", unit="text"):
+        ids = tokenizer(content, return_tensors="pt").input_ids[:, : CONTEXT + FOLLOWING]
         _, layers = reading(model, ids[:, :CONTEXT])
         expected, _ = reading(model, ids[:, CONTEXT:], layers)
         for name, coder in coders.items():
-            back, costs = through(coder, layers)
+            back, costs = through(coder, layers, refined=name == "progressive, refined")
             runs[name].append({"text": text, **costs, **compare(expected, reading(model, ids[:, CONTEXT:], back)[0])})
     codecs = {name: summary(values) for name, values in runs.items()}
     typer.echo("| codec | ratio to half precision | KL | top-1 | encode MB/s | decode MB/s |\n" + "| --- " * 6 + "|")

@@ -151,7 +151,7 @@ def joules(row: Row, profile: PowerProfile, radio: str) -> float:
 
 
 def times(rows: Rows, of: Callable[[Row], float] = lambda row: float(row["ttft"])) -> dict[Cell, dict[str, float]]:
-    """For each cell of shaped links the median of `of` for each planner; a local prefill counts for every round trip."""
+    """For each cell of shaped links each planner's median of `of`; a local prefill counts for every round trip."""
     cells: dict[Cell, dict[str, float]] = {}
     for done in rows.values():
         if done and not is_recorded(done[0]):
