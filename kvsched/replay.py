@@ -20,7 +20,7 @@ from kvsched_kernels import Part, merge_parts
 from .config import DynaKVConfig
 from .dynakv.layer import DynaKVLayer
 from .dynakv.policies import POLICIES, policy_named
-from .dynakv.retrieval import Retrieval, places
+from .dynakv.retrieval import Retrieval
 from .dynakv.storage import ClusterStorage
 from .errors import ConfigError, TraceError
 from .trace import LayerTrace, Trace
@@ -107,10 +107,9 @@ class _WatchedLayer(DynaKVLayer):
         return self.parts
 
     def _retrieve(self, found: Retrieval) -> tuple[torch.Tensor, torch.Tensor]:
-        at = places(found.stream, found.size, self._streams, found.kept)
-        position = self.index.position[at.stream, found.cluster[at.cluster], at.offset].long()
-        self.chosen = [position[at.stream == stream] for stream in range(self._streams)]
-        return super()._retrieve(found)
+        entries, position = super()._retrieve(found)
+        self.chosen = [row[row >= 0] for row in position]
+        return entries, position
 
 
 @torch.no_grad()
@@ -130,7 +129,7 @@ def replay(trace: Trace, config: DynaKVConfig, layers: Sequence[int], every: int
     storage = ClusterStorage(config)
     try:
         dense = policy_named(config.policy).dense_layers
-        watched = {number: _WatchedLayer(config, storage) for number in layers if number >= dense}
+        watched = {number: _WatchedLayer(config, storage, number) for number in layers if number >= dense}
         for number, layer in watched.items():
             _feed(layer, tensors[number], slice(0, trace.prompt_length), trace.scaling)
         before = {number: torch.stack([layer.splits, layer.moved]) for number, layer in watched.items()}
@@ -150,7 +149,7 @@ def replay(trace: Trace, config: DynaKVConfig, layers: Sequence[int], every: int
                 exact = _Exact(tensors[number], step, trace.scaling)
                 rows += _measure(config.policy, number, step, layer, exact, changes - before[number])
                 before[number] = changes
-        index_bytes = sum(layer.index.nbytes for layer in watched.values())
+        index_bytes = sum(layer.index.nbytes for layer in watched.values()) + storage.table_bytes
     finally:
         storage.close()
     return Outcome(config.policy, rows, index_bytes, kv_bytes)

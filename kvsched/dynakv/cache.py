@@ -96,7 +96,7 @@ class DynaKVCache(Cache):
 
         def layer(number: int, kind: str, given: dict[str, Any]) -> Any:
             if kind == "full_attention" and number >= dense:
-                return DynaKVLayer(self.options, self._storage)
+                return DynaKVLayer(self.options, self._storage, number)
             return DYNAMIC_LAYER_TYPE_MAPPING[kind](**given)
 
         super().__init__(

@@ -28,18 +28,16 @@ class Clusters:
         size: int64 `[N]`, tokens.
         deviation: float32 `[N]`, sum over tokens and channels of squared deviations from the mean key.
         vectors: for each table float32 `[N, width]`.
-        position: int64 `[N, max_size]`, places of the tokens in the sequence; anything beyond `size`.
     """
 
     stream: torch.Tensor
     size: torch.Tensor
     deviation: torch.Tensor
     vectors: Mapping[str, torch.Tensor]
-    position: torch.Tensor
 
     def __getitem__(self, part: slice | torch.Tensor) -> Clusters:
         vectors = {name: vector[part] for name, vector in self.vectors.items()}
-        return Clusters(self.stream[part], self.size[part], self.deviation[part], vectors, self.position[part])
+        return Clusters(self.stream[part], self.size[part], self.deviation[part], vectors)
 
 
 class ClusterIndex:
@@ -51,7 +49,6 @@ class ClusterIndex:
         tables: a `VectorTable` for each of `forms`, which gives name, numbers and bits a number.
         size: uint8 `[S, C]` (int16 where clusters may exceed 255 tokens), 0 where there is no cluster.
         deviation: bfloat16 `[S, C]`; it only ranks clusters.
-        position: int32 `[S, C, max_size]`, in the order of their entries.
         address: int32 `[S, C]`, where the entries lie.
         parent: int32 `[S, C]` if `chained`: the first cluster of a chain, whose clusters share their vectors.
         count: int64 `[S]`, clusters of each stream.
@@ -69,11 +66,10 @@ class ClusterIndex:
         self.tables = {name: VectorTable(streams, width, bits, device) for name, (width, bits) in forms.items()}
         self.size = torch.zeros(streams, 0, dtype=torch.uint8 if max_size < 256 else torch.int16, device=device)
         self.deviation = torch.zeros(streams, 0, dtype=torch.bfloat16, device=device)
-        self.position = torch.zeros(streams, 0, max_size, dtype=torch.int32, device=device)
         self.address = torch.zeros(streams, 0, dtype=torch.int32, device=device)
         self.parent = torch.zeros(streams, 0, dtype=torch.int32, device=device)
         self.count = torch.zeros(streams, dtype=torch.long, device=device)
-        self._per_cluster = ("size", "deviation", "position", "address", *(["parent"] if chained else []))
+        self._per_cluster = ("size", "deviation", "address", *(["parent"] if chained else []))
 
     @property
     def nbytes(self) -> int:
@@ -132,7 +128,6 @@ class ClusterIndex:
             self.tables[name].write(stream, number, vectors)
         self.size[stream, number] = clusters.size.to(self.size)
         self.deviation[stream, number] = clusters.deviation.to(self.deviation)
-        self.position[stream, number] = clusters.position.to(self.position)
 
     def tail(self, stream: torch.Tensor, cluster: torch.Tensor) -> torch.Tensor:
         """The cluster that a token joins which is nearest to `cluster`: the last of its chain. int64 `[N]`."""

@@ -33,6 +33,7 @@ from ..errors import InputError, UnsupportedModelError
 from .clusters import ClusterIndex, Clusters, ranks
 from .dense import BATCH, WAITING, DenseTokens
 from .policies import pages, policy_named
+from .pools import keep_order
 from .retrieval import Retrieval, places
 from .storage import ClusterStorage
 
@@ -56,9 +57,9 @@ class DynaKVLayer(CacheLayerMixin):
     is_sliding = False
     is_croppable = True
 
-    def __init__(self, config: DynaKVConfig, storage: ClusterStorage) -> None:
+    def __init__(self, config: DynaKVConfig, storage: ClusterStorage, number: int = 0) -> None:
         super().__init__()
-        self.config, self.storage = config, storage
+        self.config, self.storage, self._number = config, storage, number
         self.policy = policy_named(config.policy)(config)
         self.steps = 0
         self.splits = self.moved = torch.zeros(0, dtype=torch.long)
@@ -145,6 +146,8 @@ class DynaKVLayer(CacheLayerMixin):
             output = self._decode(query, **kwargs), None
         if left_window:
             self._settle()  # after decoding, when the clusters that this step retrieved are in DRAM
+        if arrived is not None:
+            self.storage.spend(f"layer {self._number}", self.index.nbytes + self.dense.nbytes)
         return output
 
     def _decode(
@@ -180,8 +183,8 @@ class DynaKVLayer(CacheLayerMixin):
         score = self.policy.score(query, self.index)
         waiting = (self.dense.position[:, self.dense.waiting] >= 0).sum(1, keepdim=True)
         found = self.policy.choose(score, self.index, (self.config.budget - waiting).clamp_min(0))
-        entries, present = self._retrieve(found)
-        parts.append(decode_attention(query, *self._apart(entries), present, scaling, softcap))
+        entries, position = self._retrieve(found)
+        parts.append(decode_attention(query, *self._apart(entries), position >= 0, scaling, softcap))
         if self.policy.estimated:
             parts.append(self._estimate(cap_scores(score * scaling, softcap), found, parts[1][1]))
         return parts
@@ -190,15 +193,28 @@ class DynaKVLayer(CacheLayerMixin):
         return entries[..., : self._key_width], entries[..., self._key_width :]
 
     def _retrieve(self, found: Retrieval) -> tuple[torch.Tensor, torch.Tensor]:
-        """The entries of clusters: `[S, n, width]`, and bool `[S, n]` where there is one."""
-        self.storage.begin()
-        slots = self._fetch(found.stream, found.cluster)
-        at = places(found.stream, found.size, self._streams, found.kept)
+        self.storage.begin(self._seen)
+        return self._gather(found.stream, found.cluster, found.kept)
+
+    def _gather(
+        self, stream: torch.Tensor, cluster: torch.Tensor, kept: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The tokens of clusters by stream: entries `[S, n, width]`, position int64 `[S, n]`, -1 where none is.
+
+        Args:
+            stream, cluster: int64 `[N]`, by stream.
+            kept: bool `[N, max_cluster_size]`, which tokens are wanted; `None` for all.
+        """
+        address, size = self.index.address[stream, cluster], self.index.size[stream, cluster].long()
+        there, places_in_text = self.storage.gather(to_host(address), to_host(size))
+        at = places(stream, size, self._streams, kept)
+        if kept is not None:
+            there, places_in_text = there[at.token.cpu()], places_in_text[to_host(at.token)]
         entries = torch.zeros(self._streams, at.width, self._width, dtype=self.dtype, device=self.device)
-        entries[at.stream, at.column] = self._entries(slots[at.cluster], at.offset)
-        present = torch.zeros(self._streams, at.width, dtype=torch.bool, device=self.device)
-        present[at.stream, at.column] = True
-        return entries, present
+        entries[at.stream, at.column] = there.to(self.device, self.dtype)
+        position = torch.full((self._streams, at.width), -1, dtype=torch.long, device=self.device)
+        position[at.stream, at.column] = self._to_device(places_in_text).long()
+        return entries, position
 
     def _estimate(self, score: torch.Tensor, found: Retrieval, total: torch.Tensor) -> Part:
         """Attention over the clusters left out: each as `size` tokens with its mean key and mean value.
@@ -258,26 +274,12 @@ class DynaKVLayer(CacheLayerMixin):
             self._create(entries, position, *pages(position >= 0, BATCH))
             return
         if len(stream):
-            before, there = self._collect(stream, cluster)
+            before, there = self._gather(stream, cluster)
             entries, position = torch.cat([before, entries], dim=1), torch.cat([there, position], dim=1)
             self._free(stream, cluster)
             self.index.truncate(self._grouped)
         self._group(entries, position)
         self._grouped = self.index.count.clone()
-
-    def _collect(self, stream: torch.Tensor, cluster: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The tokens of clusters by stream: entries `[S, n, width]`, position int64 `[S, n]`, -1 where none is."""
-        size = self.index.size[stream, cluster].long()
-        at = places(stream, size, self._streams)
-        entries = torch.zeros(self._streams, at.width, self._width, dtype=self.dtype, device=self.device)
-        position = torch.full((self._streams, at.width), -1, dtype=torch.long, device=self.device)
-        for part in self.storage.rounds(len(stream)):
-            slots = self._fetch(stream[part], cluster[part])
-            token = (at.cluster >= part.start) & (at.cluster < part.stop)
-            of, offset, row, column = at.cluster[token], at.offset[token], at.stream[token], at.column[token]
-            entries[row, column] = self._entries(slots[of - part.start], offset)
-            position[row, column] = self.index.position[row, cluster[of], offset].long()
-        return entries, position
 
     def _group(self, entries: torch.Tensor, position: torch.Tensor) -> None:
         """Make clusters of tokens by themselves, as the policy groups them."""
@@ -318,15 +320,12 @@ class DynaKVLayer(CacheLayerMixin):
         size = (size[whole] - column[:, 0]).clamp_max(most)
         stream = stream[whole]
         rows = stream.unsqueeze(1)
-        made = Clusters(
-            stream,
-            size,
-            deviation[whole],
-            {name: vector[whole] for name, vector in vectors.items()},
-            position[rows, token],
-        )
+        made = Clusters(stream, size, deviation[whole], {name: vector[whole] for name, vector in vectors.items()})
         for part in self.storage.rounds(len(stream)):
-            address = self.storage.create(entries[rows[part], token[part]], to_host(size[part]))
+            here = rows[part], token[part]
+            address = self.storage.create(
+                entries[here], to_host(size[part]), to_host(position[here]), to_host(self._pool(stream[part]))
+            )
             self.index.create(made[part], self._to_device(address), link[part], group[whole[part]] if chained else None)
 
     def _summarise(self, entries: torch.Tensor, mask: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -412,8 +411,7 @@ class DynaKVLayer(CacheLayerMixin):
     ) -> None:
         entries = self.dense.entries[:, self.dense.waiting][stream, column]
         position = self.dense.position[:, self.dense.waiting][stream, column]
-        self.storage.append(to_host(slots), to_host(offset), entries)
-        self.index.position[stream, cluster, offset] = position.to(self.index.position)
+        self.storage.append(to_host(slots), to_host(offset), entries, to_host(position))
         size = torch.bincount(stream * self.index.width + cluster, minlength=self._streams * self.index.width)
         self.index.size[:, : self.index.width] += size.view(self._streams, -1).to(self.index.size)
         self.dense.end_wait(stream, column)
@@ -426,8 +424,7 @@ class DynaKVLayer(CacheLayerMixin):
         vectors = self._summarise(entries, mask)
         label = torch.where(mask, 0, -1)
         _, _, deviation = moments(entries[..., : self._key_width].float(), label, 1)
-        position = self.index.position[stream, cluster]
-        self.index.replace(cluster, Clusters(stream, size, deviation[:, 0], vectors, position))
+        self.index.replace(cluster, Clusters(stream, size, deviation[:, 0], vectors))
 
     def _split_widest(self) -> None:
         """Split clusters in DRAM until there is one for `cluster_size` tokens, those with the largest deviation first.
@@ -461,18 +458,14 @@ class DynaKVLayer(CacheLayerMixin):
         half = torch.where(mask, two_means(keys, mask).long(), -1)
         _, size, deviation = moments(keys, half, 2)
 
-        order = torch.where(mask, half, 2).argsort(dim=1, stable=True)
-        address = self.storage.split(to_host(slots), to_host(order), to_host(size))
-        position = self.index.position[stream, cluster].gather(1, order)
-        first = Clusters(stream, size[:, 0], deviation[:, 0], self._summarise(entries, half == 0), position)
+        order = keep_order(to_host(half == 1), to_host(mask.sum(1)))
+        address = self.storage.split(to_host(slots), order, to_host(size))
+        first = Clusters(stream, size[:, 0], deviation[:, 0], self._summarise(entries, half == 0))
         self.index.replace(cluster, first)
-
-        behind = (each + size[:, :1]).clamp_max(most - 1)
-        vectors = self._summarise(entries, half == 1)
-        second = Clusters(stream, size[:, 1], deviation[:, 1], vectors, position.gather(1, behind))
+        second = Clusters(stream, size[:, 1], deviation[:, 1], self._summarise(entries, half == 1))
         self.index.create(second, self._to_device(address))
         self.splits.index_add_(0, stream, torch.ones_like(stream))
-        shifted = (order != each) & (each < size[:, :1])
+        shifted = (self._to_device(order) != each) & (each < size[:, :1])
         self.moved.index_add_(0, stream, shifted.sum(1) + size[:, 1])
 
     def _load_fullest(self, over: torch.Tensor) -> None:
@@ -493,6 +486,10 @@ class DynaKVLayer(CacheLayerMixin):
     def _entries(self, slots: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
         return self.storage.read(to_host(slots), to_host(offset)).to(self.device, self.dtype)
 
+    def _pool(self, stream: torch.Tensor) -> torch.Tensor:
+        """A number for each of `stream` that no other layer has: clusters of one stream lie together on flash."""
+        return stream + self._number * self._streams
+
     def _to_device(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).to(self.device)
 
@@ -504,7 +501,7 @@ class DynaKVLayer(CacheLayerMixin):
         stream, column = (held >= 0).nonzero(as_tuple=True)
         entries[stream, held[stream, column]] = self.dense.entries[stream, column]
         present[stream, held[stream, column]] = True
-        clustered, position = self._collect(*self.index.clusters())
+        clustered, position = self._gather(*self.index.clusters())
         stream, column = (position >= 0).nonzero(as_tuple=True)
         entries[stream, position[stream, column]] = clustered[stream, column]
         present[stream, position[stream, column]] = True
@@ -590,9 +587,9 @@ class DynaKVLayer(CacheLayerMixin):
             stream, cluster = stream[copy[stream] == nth], cluster[copy[stream] == nth]
             for part in self.storage.rounds(len(stream)):
                 s, c = stream[part], cluster[part]
-                slots = self._fetch(s, c)
-                each = torch.arange(self.config.max_cluster_size, device=self.device)
-                address = self.storage.create(self._entries(slots.unsqueeze(1), each), to_host(self.index.size[s, c]))
+                size = to_host(self.index.size[s, c])
+                entries, position = self.storage.gather(to_host(self.index.address[s, c]), size)
+                address = self.storage.create(entries, size, position, to_host(self._pool(s)))
                 self.index.address[s, c] = self._to_device(address).to(self.index.address)
 
     def _free(self, stream: torch.Tensor, cluster: torch.Tensor) -> None:

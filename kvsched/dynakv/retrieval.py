@@ -31,17 +31,15 @@ class Retrieval:
 
 @dataclass(frozen=True)
 class Places:
-    """For every token of some clusters, in the order of the clusters, int64 `[T]`.
+    """For every wanted token of some clusters, in the order of the clusters, int64 `[T]`.
 
     Args:
-        cluster: index into the clusters.
-        offset: place inside the cluster.
+        token: its number among all tokens of the clusters.
         stream, column: place in a batch of `[S, width]` tokens that is packed to the left.
         width: tokens of the fullest stream.
     """
 
-    cluster: torch.Tensor
-    offset: torch.Tensor
+    token: torch.Tensor
     stream: torch.Tensor
     column: torch.Tensor
     width: int
@@ -54,11 +52,11 @@ def places(stream: torch.Tensor, size: torch.Tensor, streams: int, kept: torch.T
     """
     total = int(size.sum())
     cluster = torch.arange(len(size), device=size.device).repeat_interleave(size, output_size=total)
-    offset = torch.arange(total, device=size.device) - (size.cumsum(0) - size)[cluster]
+    token = torch.arange(total, device=size.device)
     if kept is not None:
-        inside = kept[cluster, offset]
-        cluster, offset = cluster[inside], offset[inside]
+        inside = kept[cluster, token - (size.cumsum(0) - size)[cluster]]
+        cluster, token = cluster[inside], token[inside]
     of = stream[cluster]
     per_stream = torch.bincount(of, minlength=streams)
     column = torch.arange(len(of), device=size.device) - (per_stream.cumsum(0) - per_stream)[of]
-    return Places(cluster, offset, of, column, int(per_stream.max()))
+    return Places(token, of, column, int(per_stream.max()))

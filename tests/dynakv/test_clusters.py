@@ -16,8 +16,7 @@ def draw(*shape: int, seed: int = 0) -> torch.Tensor:
 
 def clusters(stream: torch.Tensor, keys: torch.Tensor, size: int = 1) -> Clusters:
     sizes = torch.full((len(stream),), size)
-    position = torch.arange(len(stream)).unsqueeze(1).expand(-1, MAX_SIZE)
-    return Clusters(stream, sizes, keys.square().sum(1), {"key": keys}, position)
+    return Clusters(stream, sizes, keys.square().sum(1), {"key": keys})
 
 
 def new_index(points: torch.Tensor, chained: bool = False) -> ClusterIndex:

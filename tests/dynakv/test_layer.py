@@ -68,7 +68,9 @@ class Recorded:
         for s, c in zip(stream.tolist(), cluster.tolist(), strict=True):
             size = int(layer.index.size[s, c])
             assert 1 <= size <= layer.config.max_cluster_size
-            places[s] += layer.index.position[s, c, :size].tolist()
+        _, position = layer._gather(stream, cluster)
+        for held, row in zip(places, position.tolist(), strict=True):
+            held += [at for at in row if at >= 0]
         sinks, window = layer.config.sinks, dense.shape[1] - layer.dense.recent
         for s, held in enumerate(places):
             real = self.real[s // HEADS].nonzero().flatten().tolist()
@@ -83,8 +85,8 @@ class Recorded:
         assert torch.equal(entries[present], self.entries[present])
         if layer.policy.intake == "split":
             for s, c in zip(stream.tolist(), cluster.tolist(), strict=True):
-                size = int(layer.index.size[s, c])
-                own = self.entries[s // HEADS, s % HEADS, layer.index.position[s, c, :size].long(), :DIM].double()
+                _, position = layer._gather(torch.tensor([s]), torch.tensor([c]))
+                own = self.entries[s // HEADS, s % HEADS, position[s], :DIM].double()
                 deviation = (own - own.mean(0)).square().sum()
                 torch.testing.assert_close(layer.index.deviation[s, c].double(), deviation, atol=1e-3, rtol=1e-2)
         return layer.index.address[stream, cluster].tolist()
