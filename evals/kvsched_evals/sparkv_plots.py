@@ -53,7 +53,11 @@ def surface(measured: dict[str, Any]) -> Any:
     for row, context in enumerate(contexts):
         for column, rtt in enumerate(rtts):
             panel = axes[row][column]
-            here = [case for case in cases if (case["context"], case["rtt_ms"]) == (context, rtt)]
+            here = [
+                case
+                for case in cases
+                if case["context"] == context and (case["rtt_ms"] == rtt or case["planner"] == "local")
+            ]
             for planner in planners:
                 label, style = LINES[planner]
                 points = sorted(

@@ -28,6 +28,12 @@ def test_planners_stand_side_by_side_and_take_turns_at_being_first() -> None:
     assert firsts == ["local", "stream", "stream", "optimal", "local", "stream"]
 
 
+def test_a_local_prefill_is_measured_once_for_all_round_trips() -> None:
+    order = bench.schedule([64], [1], ["1", "8"], [10.0, 50.0], ["local", "stream"])
+    assert [(case.link, case.rtt_ms) for case in order if case.planner == "local"] == [("1", 10.0), ("8", 10.0)]
+    assert len([case for case in order if case.planner == "stream"]) == 4
+
+
 @pytest.mark.parametrize(("given", "expected"), [("3", [3, 3]), ("3,1", [3, 1])])
 def test_repeats_are_one_number_or_one_for_each_context(given: str, expected: list[int]) -> None:
     assert bench.per_context(given, [64, 128]) == expected

@@ -61,6 +61,19 @@ def test_the_surface_names_the_worst_and_the_best_cells() -> None:
     assert found["progressive"]["best_over_single_path"]["ratio"] == 2.5
 
 
+def test_a_local_prefill_counts_for_every_round_trip() -> None:
+    measured = rows(
+        *cell("4", local=10.0, stream=12.0, token_split=8.0, optimal=5.0),
+        *({**case, "rtt_ms": 50.0} for case in cell("4", stream=14.0, token_split=9.0, optimal=4.0)),
+        *({**case, "rtt_ms": 50.0} for case in cell("8", stream=7.0, token_split=7.0, optimal=6.0)),
+    )
+    found = verdicts.surface(measured)["optimal"]
+    assert found["cells"] == 2 and found["best_over_single_path"] == {
+        "ratio": 2.5,
+        "cell": "2048 tokens, 4 Mbit/s, 50 ms",
+    }
+
+
 def test_the_surface_is_of_medians() -> None:
     measured = rows(*cell("4", local=10.0, stream=12.0, token_split=8.0, optimal=5.0))
     for ttft in (5.2, 50.0):

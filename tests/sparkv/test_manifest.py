@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvsched.errors import ChunkError, StoreError
-from kvsched.sparkv.address import Prefix
+from kvsched.sparkv.address import Prefix, refinement_address
 from kvsched.sparkv.manifest import MAX_MANIFEST, ChunkEntry, Manifest, find, manifest_path
 from kvsched.sparkv.store import Store
 
@@ -17,6 +17,15 @@ NAMES, KEY = ("a" * 64, "b" * 64), b"k" * 32
 PREFIX = Prefix("f" * 64, "lossless", 32, NAMES, (1000, 2000, 3000))
 SIGNED = dataclasses.replace(PREFIX, key=KEY)
 MANIFEST = Manifest("f" * 64, "lossless", 32, tuple(ChunkEntry(name, 100, "c" * 64, (10, 20, 30)) for name in NAMES))
+PROGRESSIVE = dataclasses.replace(PREFIX, codec="progressive")
+REFINED = dataclasses.replace(
+    MANIFEST,
+    codec="progressive",
+    refinements=tuple(
+        ChunkEntry(refinement_address(chunk.address, chunk.header_sha256), 100, "d" * 64, (1, 0, 3))
+        for chunk in MANIFEST.chunks
+    ),
+)
 FIELDS = [
     ["fingerprint"],
     ["codec"],
@@ -28,6 +37,13 @@ FIELDS = [
     ["chunks", 1, "header_sha256"],
     ["chunks", 1, "payload_bytes"],
     ["chunks", 1, "payload_bytes", 2],
+    ["refinements"],
+    ["refinements", 0],
+    ["refinements", 1, "address"],
+    ["refinements", 0, "header_bytes"],
+    ["refinements", 1, "header_sha256"],
+    ["refinements", 1, "payload_bytes"],
+    ["refinements", 0, "payload_bytes", 1],
     ["signature"],
 ]
 anything = st.recursive(
@@ -39,6 +55,7 @@ anything = st.recursive(
 
 def test_round_trip() -> None:
     assert Manifest.from_bytes(MANIFEST.to_bytes(), PREFIX) == MANIFEST
+    assert Manifest.from_bytes(REFINED.to_bytes(), PROGRESSIVE) == REFINED
 
 
 def test_payload_spans_run_from_the_last_layer_down() -> None:
@@ -82,8 +99,8 @@ def test_a_signed_manifest_is_read_by_its_tenant_alone() -> None:
 @given(st.sampled_from(FIELDS), anything)
 def test_every_field_is_checked_and_none_of_a_signed_manifest_can_be_changed(path: list, value: object) -> None:
     """Whatever stands in a field, the result is a refusal, or a manifest of these very chunks in possible sizes."""
-    for prefix in (PREFIX, SIGNED):
-        document = json.loads(MANIFEST.to_bytes(prefix.key))
+    for prefix in (PROGRESSIVE, dataclasses.replace(PROGRESSIVE, key=KEY)):
+        document = json.loads(REFINED.to_bytes(prefix.key))
         *parents, last = path
         inner = document
         for step in parents:
@@ -95,7 +112,9 @@ def test_every_field_is_checked_and_none_of_a_signed_manifest_can_be_changed(pat
         except ChunkError:
             continue
         assert tuple(chunk.address for chunk in manifest.chunks) == NAMES and manifest.chunk_tokens == 32
-        for chunk in manifest.chunks:
+        refined = [refinement_address(chunk.address, chunk.header_sha256) for chunk in manifest.chunks]
+        assert [refinement.address for refinement in manifest.refinements or ()] == refined
+        for chunk in manifest.objects:
             assert 8 <= chunk.header_bytes <= 1 << 20
             assert all(size <= limit for size, limit in zip(chunk.payload_bytes, (3000, 2000, 1000), strict=True))
         if prefix.key:
