@@ -143,7 +143,7 @@ def calibrate(
     text: Annotated[Path | None, typer.Option(help="UTF-8 text; without it, the Python language reference.")] = None,
     store: Annotated[str | None, typer.Option(help="Also put it into this store, beside the model's chunks.")] = None,
 ) -> None:
-    """Measure how finely a model's keys and values have to be kept, for the codecs balanced and small."""
+    """Measure how finely a model's keys and values have to be kept, for the codecs balanced, small and progressive."""
     from .hub import load_model
     from .sparkv.calibration import Calibration, calibration_path, read_texts
     from .sparkv.store import Store

@@ -134,7 +134,8 @@ class SparKVConfig(CacheConfig):
     Args:
         store: where published chunks live: a folder, `file:///folder`, `http(s)://host/path` or `s3://bucket/path`.
         codec: how a layer of a chunk is written. `lossless` keeps every bit of the model's dtype, and so the tokens of
-            a local prefill; `int8`, `balanced` and `small` give up more and more precision for fewer bytes.
+            a local prefill; `int8`, `balanced` and `small` give up more and more precision for fewer bytes;
+            `progressive` loads a coarse version of `balanced`, and what it lacks while decoding goes on.
         chunk_tokens: tokens in a chunk, the unit that is published, streamed or computed. The paper uses 1024;
             256 lets a context of a few thousand tokens be divided finely enough for both paths to end together.
         planner: `optimal` divides the work by cost. The rest are for comparison: `stream` streams the whole prefix,
