@@ -32,8 +32,7 @@ class Arena:
         row = entry_bytes + POSITION_BYTES
         self._memory = mmap.mmap(-1, rows * row, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self.data = np.frombuffer(self._memory, dtype=f"V{row}", count=rows)
-        self.entries = np.ndarray((rows,), f"V{entry_bytes}", self._memory, strides=(row,))
-        self.position = np.ndarray((rows,), np.int32, self._memory, offset=entry_bytes, strides=(row,))
+        self.entries, self.position = self.apart(self.data)
         self.clean = np.zeros(rows, dtype=bool)
         self.stored = np.zeros(rows, dtype=bool)
         self.limit = rows
@@ -42,6 +41,13 @@ class Arena:
         # Taken from the end, so that low rows come first and the rest stays untouched.
         self._free = np.arange(rows - 1, -1, -1, dtype=np.int32)
         self._free_count = rows
+
+    @staticmethod
+    def apart(data: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Entries and positions of rows `[n]`, in place."""
+        row = data.itemsize
+        entries = np.ndarray(data.shape, f"V{row - POSITION_BYTES}", data.data, strides=(row,))
+        return entries, np.ndarray(data.shape, np.int32, data.data, offset=row - POSITION_BYTES, strides=(row,))
 
     @property
     def nbytes(self) -> int:

@@ -81,6 +81,12 @@ class Numbers:
         self.limit = fresh.stop
         return np.array([*again[::-1], *fresh], dtype=np.int64)
 
+    def taken(self) -> np.ndarray:
+        """int64, ascending: all numbers taken and not given back."""
+        taken = np.ones(self.limit, dtype=bool)
+        taken[self._free] = False
+        return np.flatnonzero(taken)
+
     def give_back(self, numbers: np.ndarray) -> None:
         """`numbers`, which must be in use."""
         self._free.extend(numbers.tolist())
@@ -122,6 +128,14 @@ class Pools:
     def nbytes(self) -> int:
         """DRAM that the tables take."""
         return sum(getattr(self, name).nbytes for name in (*self._PER_CLUSTER, *self._PER_POOL))
+
+    def clusters(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Address, size and group of all clusters, int64 `[N]` each, by group and then in the order of the file."""
+        addresses = self._addresses.taken()
+        group = self.group(addresses)
+        order = np.lexsort((self.where(addresses)[0], group))
+        addresses = addresses[order]
+        return addresses, self._size[addresses].astype(np.int64), group[order]
 
     def create(self, sizes: np.ndarray, group: np.ndarray) -> np.ndarray:
         """Lay clusters down side by side in the order given, without gaps: those that are retrieved together, together.

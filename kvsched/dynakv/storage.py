@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -25,12 +26,16 @@ from .pools import Pools
 from .prefetch import Ahead, Placed
 from .residency import ClusterAligned, Evicted, Residency
 from .runs import WASTE, Runs, merge
+from .snapshot import Saved, save
 
 BUFFER_SHARE = 1 / 16
 """Share of the budget for each of the three buffers (reads, reads ahead, writes), up to `LARGEST_BUFFER`."""
 
 LARGEST_BUFFER = 4 << 20
 """Bytes that keep the device busy while the next batch is put together."""
+
+SAVED_PART = 1 << 20
+"""Bytes of clusters that are saved, checked and loaded at a time."""
 
 SMALLEST_STEP, LARGEST_STEP = 1 << 20, 64 << 20
 """Bytes by which the file grows: it doubles in between."""
@@ -198,6 +203,8 @@ class ClusterStorage:
     ) -> np.ndarray:
         """Addresses of new clusters, whose places on flash are reserved now; they are written when they leave DRAM.
 
+        All that belong together should come at once. More than half of DRAM holds begin rounds of their own.
+
         Args:
             entries: `[sizes.sum(), width]`, cluster by cluster; or `[N, max_cluster_size, width]`, the first `sizes`
                 of each.
@@ -212,9 +219,15 @@ class ClusterStorage:
             position = None if position is None else position[cluster, offset]
         addresses = self.pools.create(sizes, np.zeros_like(sizes) if group is None else group)
         self._reserve()
-        slots = self._enter(addresses, sizes)
-        rows = self.arena.take(slots, np.zeros_like(sizes), sizes)
-        self._fill(rows, entries, position)
+        ends = np.cumsum(sizes)
+        parts = list(self._parts(sizes, self.table.capacity // 2))
+        for part in parts:
+            if len(parts) > 1:
+                self.begin()
+            slots = self._enter(addresses[part], sizes[part])
+            rows = self.arena.take(slots, np.zeros_like(slots), sizes[part])
+            held = slice(int(ends[part.stop - 1]) - len(rows), int(ends[part.stop - 1]))
+            self._fill(rows, entries[held], None if position is None else position[held])
         self._unfit = True
         return addresses
 
@@ -294,9 +307,65 @@ class ClusterStorage:
             yield slice(start, min(start + part, count))
             start += part
 
+    def save(self, folder: Path) -> None:
+        """Keep all clusters in `folder`; what it kept before is replaced when everything is written.
+
+        Raises:
+            FlashError: reading them or writing there failed.
+        """
+        addresses, sizes, group = self.pools.clusters()
+        tables = {"address": addresses, "size": sizes, "group": group}
+        form = {"width": self._width, "dtype": str(self.dtype).removeprefix("torch."), "largest": self._largest}
+        save(folder, (self._packed(addresses[part], sizes[part]) for part in self._saved_parts(sizes)), tables, form)
+
+    @classmethod
+    def load(cls, folder: Path, config: DynaKVConfig) -> tuple[ClusterStorage, np.ndarray]:
+        """A storage with the clusters that `save` kept.
+
+        Returns:
+            It, and their addresses: int64, new by old (-1 for what named no cluster).
+
+        Raises:
+            ConfigError: `config` has clusters of another size, or too little DRAM.
+            FlashError: the folder holds no complete, unaltered save.
+        """
+        saved = Saved(folder)
+        form, tables = saved.form, saved.tables
+        if form["largest"] != config.max_cluster_size:
+            raise ConfigError(
+                f"max_cluster_size={config.max_cluster_size}: the clusters in {folder} were made with "
+                f"{form['largest']}. Load them with that."
+            )
+        storage = cls(config)
+        try:
+            storage.open(form["width"], getattr(torch, form["dtype"]))
+            sizes, group, old = tables["size"], tables["group"], tables["address"]
+            addresses = np.full(int(old.max(initial=-1)) + 1, -1, dtype=np.int64)
+            for part, packed in zip(storage._saved_parts(sizes), saved.parts(), strict=True):
+                rows = np.frombuffer(packed, dtype=storage.arena.data.dtype)
+                entries, position = storage.arena.apart(rows)
+                addresses[old[part]] = storage.create(
+                    storage._to_tensor(entries.copy()), sizes[part], position, group[part]
+                )
+        except BaseException:
+            storage.close()
+            raise
+        return storage, addresses
+
     def close(self) -> None:
         """Give file and threads back; the storage cannot be used afterwards."""
         self.flash.close()
+
+    def _saved_parts(self, sizes: np.ndarray) -> Iterator[slice]:
+        return self._parts(sizes * self._entry, SAVED_PART)
+
+    def _packed(self, addresses: np.ndarray, sizes: np.ndarray) -> bytes:
+        """Entries and positions of clusters as they lie in DRAM."""
+        entries, position = self.gather(addresses, sizes)
+        rows = np.empty(len(position), dtype=self.arena.data.dtype)
+        into, at = self.arena.apart(rows)
+        into[:], at[:] = self._to_bytes(entries), position
+        return rows.tobytes()
 
     def _enter(self, addresses: np.ndarray, sizes: np.ndarray) -> np.ndarray:
         """Slots for clusters that exist in DRAM alone. Their rows are the caller's matter."""
@@ -450,9 +519,12 @@ class ClusterStorage:
         return np.ndarray((count,), self.arena.data.dtype, buffer.memory, strides=(self._step_bytes,))
 
     def _fill(self, rows: np.ndarray, entries: torch.Tensor, position: np.ndarray | None) -> None:
-        raw = entries.to("cpu", self.dtype).contiguous().view(torch.uint8).numpy()
-        self.arena.entries[rows] = raw.view(self.arena.entries.dtype)[..., 0]
+        self.arena.entries[rows] = self._to_bytes(entries)
         self.arena.position[rows] = 0 if position is None else position
+
+    def _to_bytes(self, entries: torch.Tensor) -> np.ndarray:
+        raw = entries.to("cpu", self.dtype).contiguous().view(torch.uint8).numpy()
+        return raw.view(self.arena.entries.dtype)[..., 0]
 
     def _to_tensor(self, entries: np.ndarray) -> torch.Tensor:
         raw = torch.from_numpy(entries[..., None].view(np.uint8))

@@ -33,7 +33,7 @@ def ask(table: Residency, addresses: list[int], sizes: list[int], step: int | No
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_what_is_asked_for_is_there_and_what_is_there_fits(policy, data):
-    capacity = data.draw(st.integers(20, 60))
+    capacity = data.draw(st.integers(30, 60))
     table, held = Residency(capacity, policy()), {}
     for step in range(data.draw(st.integers(1, 30))):
         wanted = data.draw(st.dictionaries(st.integers(0, 40), st.integers(1, 4), max_size=5))
