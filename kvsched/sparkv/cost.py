@@ -146,9 +146,15 @@ def _device_name(device: torch.device) -> str:
 
 
 class ComputeRate:
-    """Actual over predicted compute time, over the last layers computed."""
+    """Actual over predicted compute time, over the last layers computed.
 
-    def __init__(self) -> None:
+    Args:
+        prior: seconds of computing that are taken to have gone as predicted. They outweigh the first layers, which are
+            quick to compute and so say little: they wait for memory and for whatever else runs.
+    """
+
+    def __init__(self, prior: float) -> None:
+        self.prior = prior
         self._recent: deque[tuple[float, float]] = deque(maxlen=_WINDOW_LAYERS)
 
     def observe(self, actual: float, predicted: float) -> None:
@@ -158,7 +164,7 @@ class ComputeRate:
     @property
     def factor(self) -> float:
         """What predictions are to be multiplied by; 1 before anything was observed."""
-        actual, predicted = map(sum, zip(*self._recent, strict=True)) if self._recent else (1.0, 1.0)
+        actual, predicted = (self.prior + sum(column) for column in zip(*(self._recent or [(0.0, 0.0)]), strict=True))
         return actual / predicted if predicted > 0 else 1.0
 
 

@@ -105,7 +105,8 @@ class Loader:
         self.query_seconds = profile.pass_seconds(query_tokens, self.grid.tokens) if query_tokens else 0.0
         # layer_bytes[t, l]: bytes of layer l's payload; a chunk object lists them last layer first.
         self.layer_bytes = np.array([chunk.payload_bytes[::-1] for chunk in manifest.chunks], dtype=float)
-        self.compute_rate, self.link_rate = ComputeRate(), LinkRate(goodput)
+        self.compute_rate = ComputeRate(prior=float(self.compute_table[0, -1]) / 4)
+        self.link_rate = LinkRate(goodput)
         self.progress = Progress(self.grid)
         self.store, coder = store, Coder.of(model, config.codec)
         self._keeping = KeepingCoder(coder) if manifest.refinements else None

@@ -81,7 +81,7 @@ def test_a_short_pass_costs_at_least_what_a_single_token_does() -> None:
 
 
 def test_compute_rate_is_actual_over_predicted_of_late() -> None:
-    rate = ComputeRate()
+    rate = ComputeRate(prior=0.0)
     assert rate.factor == 1
     rate.observe(3.0, 1.0)
     rate.observe(1.0, 1.0)
@@ -89,6 +89,13 @@ def test_compute_rate_is_actual_over_predicted_of_late() -> None:
     for _ in range(100):
         rate.observe(1.0, 2.0)
     assert rate.factor == 0.5
+
+
+def test_the_first_layers_are_outweighed_by_the_prediction() -> None:
+    rate = ComputeRate(prior=1.0)
+    assert rate.factor == 1
+    rate.observe(0.1, 0.01)
+    assert rate.factor == pytest.approx(1.1 / 1.01)
 
 
 def test_link_rate_is_measured_from_arrival_to_arrival() -> None:
