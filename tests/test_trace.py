@@ -202,14 +202,14 @@ def test_a_row_against_attention_by_hand(trace: Trace) -> None:
     score = query @ layer.keys[1, : step + 1].double().mT * 0.25
     weight = score.softmax(-1)
     clustered = PROMPT - 16 + (step + 1 - PROMPT) // 16 * 16  # tokens leave the window 16 at a time
-    middle = 4 + (query.sum(0) @ layer.keys[1, 4:clustered].double().mT).topk(30).indices
+    middle = 4 + weight.mean(0)[4:clustered].topk(30).indices
     attended = torch.cat([torch.arange(4), middle, torch.arange(clustered, step + 1)])
     exact = weight @ layer.values[1, : step + 1].double()
     part = score[:, attended].softmax(-1) @ layer.values[1, attended].double()
     assert row.tokens == len(attended)
     assert row.recall == pytest.approx(float(weight[:, attended].sum(-1).mean()), rel=1e-9)
     assert row.oracle_recall == pytest.approx(float(weight.mean(0).topk(row.tokens).values.sum()), rel=1e-9)
-    assert row.error == row.error_estimated == pytest.approx(float((part - exact).norm() / exact.norm()), rel=1e-2)
+    assert row.error == row.error_estimated == pytest.approx(float((part - exact).norm() / exact.norm()), rel=1e-2, abs=1e-5)
 
 
 def test_reads_are_shared_among_heads_and_add_up(trace: Trace) -> None:

@@ -9,7 +9,7 @@ def choose_clusters(score: torch.Tensor, size: torch.Tensor, budget: torch.Tenso
     """Take clusters from the highest score down while they fit the budget of each stream.
 
     A cluster that does not fit what is left is passed over, and smaller ones behind it still get their turn, down to
-    as many clusters as the largest budget has tokens. Of equal scores the lower index goes first.
+    as many clusters as the largest budget has tokens. Which of equal scores goes first is not defined.
 
     Args:
         score: float `[S, C]`.
@@ -20,9 +20,7 @@ def choose_clusters(score: torch.Tensor, size: torch.Tensor, budget: torch.Tenso
         bool `[S, C]`.
     """
     score = score.masked_fill(size == 0, float("-inf"))
-    # A stable order of the few that can be taken: ties at the lowest score are cut by index as well.
-    considered = min(int(budget.max()), score.shape[1])
-    order = score.argsort(dim=1, descending=True, stable=True)[:, :considered]
+    order = score.topk(min(int(budget.max()), score.shape[1]), dim=1).indices
     sizes = size.gather(1, order).long()
     taken = torch.zeros_like(sizes, dtype=torch.bool)
     left = budget

@@ -23,7 +23,6 @@ from kvsched_kernels import (
     members,
     merge_parts,
     moments,
-    softmax_weights,
     two_means,
 )
 
@@ -180,13 +179,19 @@ class DynaKVLayer(CacheLayerMixin):
         parts = [decode_attention(query, *self._apart(entries), present, scaling, softcap, sinks)]
         if self.index.width == 0:
             return parts
-        score = self.policy.score(query, self.index)
+        score = cap_scores(self.policy.score(query, self.index).mul_(scaling), softcap)
+        tokens = self.policy.tokens(self.index)
+        peak = score.amax(-1, keepdim=True)
+        mass = (score - peak).exp_().mul_(tokens.unsqueeze(1))
+        # The heads of a group differ in what they find here at all: one that looks at its sinks has no say.
+        total = mass.sum(-1, keepdim=True) + (parts[0][1].unsqueeze(-1) - peak).exp_()
+        worth = (mass / total).sum(1) / tokens
         waiting = (self.dense.position[:, self.dense.waiting] >= 0).sum(1, keepdim=True)
-        found = self.policy.choose(score, self.index, (self.config.budget - waiting).clamp_min(0))
+        found = self.policy.choose(worth, self.index, (self.config.budget - waiting).clamp_min(0))
         entries, position = self._retrieve(found)
         parts.append(decode_attention(query, *self._apart(entries), position >= 0, scaling, softcap))
         if self.policy.estimated:
-            parts.append(self._estimate(cap_scores(score * scaling, softcap), found, parts[1][1]))
+            parts.append(self._estimate(mass, peak[..., 0], found, parts[1][1]))
         return parts
 
     def _apart(self, entries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -216,29 +221,30 @@ class DynaKVLayer(CacheLayerMixin):
         position[at.stream, at.column] = self._to_device(places_in_text).long()
         return entries, position
 
-    def _estimate(self, score: torch.Tensor, found: Retrieval, total: torch.Tensor) -> Part:
+    def _estimate(self, mass: torch.Tensor, peak: torch.Tensor, found: Retrieval, total: torch.Tensor) -> Part:
         """Attention over the clusters left out: each as `size` tokens with its mean key and mean value.
 
         A mean key underrates its cluster, since exp is convex. By how much shows on the retrieved clusters, whose exact
         sum is known: all others are corrected by the same factor, within [1/e, e].
 
         Args:
-            score: float32 `[S, G, C]`, of mean keys.
+            mass: float32 `[S, G, C]`, size times exp(score of the mean key - peak); peak: `[S, G]`.
             total: `[S, G]`, log of the exact sum over the retrieved clusters.
         """
-        size = self.index.size[:, : self.index.width]
-        score = score + size.float().log().unsqueeze(1)
-        taken = torch.zeros_like(size, dtype=torch.bool)
-        taken[found.stream, found.cluster] = True
-        left = score.masked_fill(taken.unsqueeze(1), float("-inf"))
-        if self.policy.estimated < 1:
-            best = left.sum(1).topk(math.ceil(self.policy.estimated * left.shape[-1]), dim=1).indices
-            left = left.masked_fill(torch.ones_like(taken).scatter_(1, best, False).unsqueeze(1), float("-inf"))
-        estimate = left.logsumexp(-1)
-        output = self.index.tables["value"].mix(softmax_weights(left, estimate))
+        left = torch.ones(mass.shape[0], mass.shape[2], dtype=torch.bool, device=self.device)
+        left[found.stream, found.cluster] = False
+        others = mass * left.unsqueeze(1)
         if self.policy.corrects:
-            known = score.masked_fill(~taken.unsqueeze(1), float("-inf")).logsumexp(-1)
-            estimate = estimate + (total - known).nan_to_num(0.0).clamp(-1.0, 1.0)
+            known = peak + (mass.sum(-1) - others.sum(-1)).log()
+            factor = (total - known).nan_to_num(0.0, 0.0, 0.0).clamp_(-1.0, 1.0)
+        if self.policy.estimated < 1:
+            best = others.sum(1).topk(math.ceil(self.policy.estimated * left.shape[1]), dim=1).indices
+            others = others * torch.zeros_like(left).scatter_(1, best, True).unsqueeze(1)
+        together = others.sum(-1, keepdim=True)
+        output = self.index.tables["value"].mix(others / together.clamp_min(torch.finfo(torch.float32).tiny))
+        estimate = peak + together[..., 0].log()
+        if self.policy.corrects:
+            estimate = estimate + factor
         return output, estimate
 
     def _take(self, entries: torch.Tensor, real: torch.Tensor) -> bool:

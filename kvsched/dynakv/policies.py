@@ -81,15 +81,19 @@ class Policy:
         """Score of each group for each query head, float32 `[S, G, C]` for `[S, G, D]`: query times mean key."""
         return index.tables["key"].dot(query, index.width)
 
-    def choose(self, score: torch.Tensor, index: ClusterIndex, budget: torch.Tensor) -> Retrieval:
-        """The groups to fetch: highest sum of scores over the query heads first.
+    def tokens(self, index: ClusterIndex) -> torch.Tensor:
+        """How many tokens each score stands for: integer `[S, C]`."""
+        return index.size[:, : index.width]
+
+    def choose(self, worth: torch.Tensor, index: ClusterIndex, budget: torch.Tensor) -> Retrieval:
+        """The groups to fetch.
 
         Args:
-            score: what `score` gave.
+            worth: float32 `[S, C]`, a token's share of attention, summed over the query heads, for each score.
             budget: int64 `[S, 1]`, tokens.
         """
         size = index.size[:, : index.width]
-        return Retrieval.of(choose_clusters(score.sum(1), size, budget), size)
+        return Retrieval.of(choose_clusters(worth, size, budget), size)
 
 
 class DynaKV(Policy):
@@ -208,10 +212,13 @@ class TokenTopK(Policy):
         keys = index.tables["key"].data[:, : index.width].unflatten(2, (int(self.cluster_size), -1)).flatten(1, 2)
         return torch.bmm(query.float(), keys.float().transpose(1, 2))
 
-    def choose(self, score: torch.Tensor, index: ClusterIndex, budget: torch.Tensor) -> Retrieval:
+    def tokens(self, index: ClusterIndex) -> torch.Tensor:
+        each = torch.arange(int(self.cluster_size), device=index.size.device)
+        return (each < index.size[:, : index.width].unsqueeze(-1)).flatten(1).long()
+
+    def choose(self, worth: torch.Tensor, index: ClusterIndex, budget: torch.Tensor) -> Retrieval:
         size = index.size[:, : index.width]
-        token = torch.arange(int(self.cluster_size), device=size.device) < size.unsqueeze(-1)
-        kept = choose_clusters(score.sum(1), token.flatten(1).long(), budget).view_as(token)
+        kept = choose_clusters(worth, self.tokens(index), budget).view(*size.shape, -1)
         found = Retrieval.of(kept.any(-1), size)
         return Retrieval(found.stream, found.cluster, found.size, kept[found.stream, found.cluster])
 
