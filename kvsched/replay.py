@@ -69,13 +69,15 @@ class Outcome:
     """All rows of a policy, and what its index came to.
 
     Args:
-        index_bytes: DRAM beside keys and values that grew with the tokens, over all replayed layers, at the end.
+        index_bytes: DRAM that the index of all replayed layers takes at the end.
+        table_bytes: DRAM of the tables that say where clusters lie; those of resident clusters grow with `dram`.
         kv_bytes: keys and values of all tokens, as the trace has them.
     """
 
     policy: str
     rows: list[Row]
     index_bytes: int
+    table_bytes: int
     kv_bytes: int
 
 
@@ -124,7 +126,7 @@ def replay(trace: Trace, config: DynaKVConfig, layers: Sequence[int], every: int
     tensors = {number: trace.layer(number) for number in layers}
     kv_bytes = sum(one.keys.nbytes + one.values.nbytes for one in tensors.values())
     if config.policy == ORACLE:
-        return Outcome(ORACLE, _best_possible(trace, config, tensors, every), 0, kv_bytes)
+        return Outcome(ORACLE, _best_possible(trace, config, tensors, every), 0, 0, kv_bytes)
     rows: list[Row] = []
     storage = ClusterStorage(config)
     try:
@@ -149,10 +151,10 @@ def replay(trace: Trace, config: DynaKVConfig, layers: Sequence[int], every: int
                 exact = _Exact(tensors[number], step, trace.scaling)
                 rows += _measure(config.policy, number, step, layer, exact, changes - before[number])
                 before[number] = changes
-        index_bytes = sum(layer.index.nbytes for layer in watched.values()) + storage.table_bytes
+        index_bytes, table_bytes = sum(layer.index.nbytes for layer in watched.values()), storage.table_bytes
     finally:
         storage.close()
-    return Outcome(config.policy, rows, index_bytes, kv_bytes)
+    return Outcome(config.policy, rows, index_bytes, table_bytes, kv_bytes)
 
 
 def _feed(layer: DynaKVLayer, tensors: LayerTrace, tokens: slice, scaling: float) -> None:
@@ -244,8 +246,9 @@ def _best_possible(trace: Trace, config: DynaKVConfig, tensors: dict[int, LayerT
 
 def table(outcomes: Sequence[Outcome]) -> str:
     """Means over all rows of each policy, and the worst head, as text."""
-    titles = ("recall", "oracle", "share", "worst", "error", "with est.", "tokens", "KB read", "reads", "run", "splits")
-    lines = [f"{'policy':<12}" + "".join(f"{title:>10}" for title in (*titles, "index %"))]
+    titles = ["recall", "oracle", "share", "worst", "error", "with est.", "tokens", "KB read", "reads", "run", "splits"]
+    titles += ["index %", "tables %"]
+    lines = [f"{'policy':<12}" + "".join(f"{title:>10}" for title in titles)]
     for outcome in outcomes:
         rows = outcome.rows
         mean = {name: float(np.mean([getattr(row, name) for row in rows])) for name in _MEANS}
@@ -257,12 +260,13 @@ def table(outcomes: Sequence[Outcome]) -> str:
         quality = (mean["recall"], mean["oracle_recall"], mean["recall"] / mean["oracle_recall"], worst)
         error = (mean["error"], mean["error_estimated"])
         cost = (mean["tokens"], mean["bytes_read"] / 1e3, mean["reads"], float(np.mean(runs)) if runs else 0.0)
-        index = 100 * outcome.index_bytes / outcome.kv_bytes
+        dram = (100 * part / outcome.kv_bytes for part in (outcome.index_bytes, outcome.table_bytes))
         lines.append(
             f"{outcome.policy:<12}"
             + "".join(f"{value:10.4f}" for value in (*quality, *error))
             + "".join(f"{value:10.1f}" for value in cost)
-            + f"{sum(row.splits for row in rows):10}{index:10.2f}"
+            + f"{sum(row.splits for row in rows):10}"
+            + "".join(f"{share:10.2f}" for share in dram)
         )
     return "\n".join(lines)
 
