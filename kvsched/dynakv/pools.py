@@ -110,9 +110,11 @@ class Pools:
         self._addresses, self._pools = Numbers(), Numbers()
         self._pool = np.zeros(0, dtype=np.int32)
         self._side = np.zeros(0, dtype=np.int8)
-        self._size = np.zeros(0, dtype=np.int32)
-        self._start = np.zeros(0, dtype=np.int64)
-        self._capacity = np.zeros(0, dtype=np.int32)
+        # There is a row for every cluster, and clusters hold few tokens: tables are as narrow as can be.
+        small = largest <= np.iinfo(np.uint8).max
+        self._size = np.zeros(0, dtype=np.uint8 if small else np.int32)
+        self._start = np.zeros(0, dtype=np.int32)
+        self._capacity = np.zeros(0, dtype=np.uint16 if small else np.int32)
         self._group = np.zeros(0, dtype=np.int32)
         self._member = np.zeros((0, 2), dtype=np.int32)
 

@@ -34,6 +34,9 @@ BUFFER_SHARE = 1 / 16
 LARGEST_BUFFER = 4 << 20
 """Bytes that keep the device busy while the next batch is put together."""
 
+UNCOUNTED = 1 / 32
+"""Share of the budget left to lists of free places and numbers, and to tables while they are copied to grow."""
+
 SAVED_PART = 1 << 20
 """Bytes of clusters that are saved, checked and loaded at a time."""
 
@@ -90,12 +93,13 @@ class ClusterStorage:
         buffer = max(least, int(min(self._dram * BUFFER_SHARE, LARGEST_BUFFER)) // PAGE * PAGE)
         row = self._entry + ROW_TABLES
         self._least_rows = 2 * self._largest
-        if self._dram < 3 * buffer + self._least_rows * row:
+        if self._dram * (1 - UNCOUNTED) < 3 * buffer + self._least_rows * row:
+            enough = (3 * least + self._least_rows * row) / (1 - UNCOUNTED - 3 * BUFFER_SHARE)
             raise ConfigError(
                 f"dram={self._dram} bytes is less than two clusters and the buffers that bring them take. Set it to "
-                f"{3 * least + self._least_rows * row} bytes or more."
+                f"{math.ceil(enough)} bytes or more."
             )
-        self._shared = 3 * buffer
+        self._shared = 3 * buffer + int(self._dram * UNCOUNTED)
         # Sectors hold several entries, or entries several sectors, or neither: then pools share sectors.
         grain = sector // math.gcd(sector, self._entry)
         self.pools = Pools(self._largest, grain if grain <= 4 else 1)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -201,6 +203,42 @@ def test_a_budget_shared_with_others_gives_memory_back(recorded):
     record.check(addresses)
     assert record.storage.table.capacity > 0.9 * capacity
     assert record.storage.arena_bytes + record.storage.table_bytes <= 4 << 20
+
+
+@pytest.mark.parametrize("mebibytes", [64, 192])
+def test_memory_stays_in_the_budget_however_much_is_held(mebibytes, tmp_path):
+    grown = subprocess.run([sys.executable, "-c", HOLD, str(mebibytes), tmp_path], check=True, capture_output=True)
+    assert int(grown.stdout) <= 1.05 * (32 << 20)
+
+
+HOLD = """
+import sys
+from pathlib import Path
+import numpy as np, torch
+from kvsched import DynaKVConfig
+from kvsched.dynakv.storage import ClusterStorage
+
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+def hold(storage, mebibytes):
+    storage.open(128, torch.float16)
+    sizes, entries = np.full(256, 4), torch.ones(1024, 128, dtype=torch.float16)
+    for step in range(mebibytes * 4):
+        storage.begin(step)
+        made = storage.create(entries, sizes, np.arange(1024), np.full(256, step % 16))
+        storage.prefetch(made[::4] // 2, sizes[::4])
+        assert bool((storage.gather(made[::4] // 2, sizes[::4])[0] == 1).all())
+
+small = ClusterStorage(DynaKVConfig(directory=sys.argv[2], dram="2MiB"))
+hold(small, 4)
+small.close()
+before = resident()
+storage = ClusterStorage(DynaKVConfig(directory=sys.argv[2], dram="32MiB"))
+hold(storage, int(sys.argv[1]))
+print(resident() - before)
+storage.close()
+"""
 
 
 def test_a_step_that_needs_more_than_dram_comes_in_parts(recorded):
