@@ -25,7 +25,7 @@ from .energy import PowerProfile, objective_of
 from .forward import PrefixCache, kv_shapes
 from .grid import Grid
 from .manifest import Manifest
-from .plan import PLANNERS, makespan, totals
+from .plan import PLANNERS, local, makespan, stream_all, totals
 from .refine import KeepingCoder, Refiner
 from .store import Store
 from .stream import Arrival, Progress, Streamer
@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 
 _REPLAN_SECONDS = 0.25
 _MIN_GAIN = 0.02  # of the time that is left; a plan that promises less is not worth changing course for
+# Both paths share the processor and the memory, which no table shows: to divide at all has to promise that much more
+# than the better path alone.
+_MIN_DIVIDING_GAIN = 0.1
 _MAX_PLANS = 100
 # Seconds that computing waits for an unknown link to show itself, in all and after its first bytes: on a fast one it
 # would only take the processor from the stream.
@@ -123,7 +126,7 @@ class Loader:
         self.plans, self._waited = 0, 0.0
         self.predicted_seconds: float | None = None
         self._begin = self._end = self._planned_at = time.monotonic()
-        self._assumed_goodput = True
+        self._assumed_goodput, self._is_division_weighed = True, False
 
     @contextlib.contextmanager
     def streaming(self) -> Iterator[None]:
@@ -241,6 +244,12 @@ class Loader:
         stream[0] += self._tail()
 
         depths = self.planner(compute, stream, self.objective)
+        if not self._assumed_goodput and not self._is_division_weighed:
+            self._is_division_weighed = True
+            alone = [plan(compute, stream, self.objective) for plan in (stream_all, local)]
+            costs = [float(self.objective(*totals(compute, stream, plan))) for plan in (depths, *alone)]
+            if costs[0] > (1 - _MIN_DIVIDING_GAIN) * min(costs[1:]):
+                depths = alone[int(np.argmin(costs[1:]))]
         cost, kept = (self.objective(*totals(compute, stream, plan)) for plan in (depths, progress.target[rest]))
         if self.plans == 0 or cost <= (1 - _MIN_GAIN) * kept:
             self.plans += 1

@@ -96,7 +96,7 @@ def test_any_sequence_of_plans_gives_the_same_keys(prefix: Prefix, monkeypatch: 
     one = prefix.loader()
     one.query_seconds = float(rng.choice([0, 1]))
     prefix.run(one, layers=rng.permutation(one.grid.layers).tolist())
-    assert one.result().fallback is None and one.plans > 2
+    assert one.result().fallback is None and one.plans >= 2
 
 
 def test_the_plan_computes_more_the_slower_the_link(prefix: Prefix, monkeypatch: pytest.MonkeyPatch) -> None:
