@@ -128,7 +128,7 @@ class Arena:
 
     def _cover(self, slots: np.ndarray) -> None:
         if (have := len(self._table)) <= (most := int(slots.max(initial=-1))):
-            more = np.zeros((max(most + 1, have * 5 // 4, 64) - have, self._table.shape[1]), dtype=np.int32)
+            more = np.zeros((max(most + 1, have * 9 // 8, 64) - have, self._table.shape[1]), dtype=np.int32)
             self._table = np.concatenate([self._table, more])
 
     def _give_back(self, rows: np.ndarray) -> None:

@@ -289,7 +289,7 @@ class Pools:
         if needed > have:
             for name in names:
                 old = getattr(self, name)
-                more = np.zeros((max(needed, have + have // 4, 64) - have, *old.shape[1:]), dtype=old.dtype)
+                more = np.zeros((max(needed, have + have // 8, 64) - have, *old.shape[1:]), dtype=old.dtype)
                 setattr(self, name, np.concatenate([old, more]))
 
 

@@ -92,7 +92,7 @@ class _PerAddress:
     def cover(self, addresses: np.ndarray) -> np.ndarray:
         """The numbers, after making room for `addresses`."""
         if (needed := int(addresses.max(initial=-1)) + 1) > len(self.values):
-            more = max(needed, len(self.values) * 5 // 4, 64) - len(self.values)
+            more = max(needed, len(self.values) * 9 // 8, 64) - len(self.values)
             self.values = np.concatenate([self.values, np.full(more, self._fill, dtype=self._dtype)])
         return self.values
 
@@ -250,7 +250,7 @@ class Residency:
         slots = self._slots.take(len(addresses))
         if (have := len(self._size)) < self._slots.limit:
             for name in self._PER_SLOT:
-                more = np.zeros(max(self._slots.limit, have * 5 // 4, 64) - have, dtype=np.int32)
+                more = np.zeros(max(self._slots.limit, have * 9 // 8, 64) - have, dtype=np.int32)
                 setattr(self, name, np.concatenate([getattr(self, name), more]))
         self._address[slots], self._size[slots] = addresses, sizes
         self._used_in[slots], self._updated[slots] = self.clock.round, -1
