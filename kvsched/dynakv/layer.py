@@ -60,7 +60,7 @@ class DynaKVLayer(CacheLayerMixin):
         super().__init__()
         self.config, self.storage, self._number = config, storage, number
         self.policy = policy_named(config.policy)(config)
-        self.steps = 0
+        self.steps = self._spent = 0
         self.splits = self.moved = torch.zeros(0, dtype=torch.long)
         self._seen = 0
         self._arrived: torch.Tensor | None = None
@@ -145,8 +145,9 @@ class DynaKVLayer(CacheLayerMixin):
             output = self._decode(query, **kwargs), None
         if left_window:
             self._settle()  # after decoding, when the clusters that this step retrieved are in DRAM
-        if arrived is not None:
-            self.storage.spend(f"layer {self._number}", self.index.nbytes + self.dense.nbytes)
+        if arrived is not None and (held := self.index.nbytes + self.dense.nbytes) != self._spent:
+            self._spent = held
+            self.storage.spend(f"layer {self._number}", held)
         return output
 
     def _decode(
