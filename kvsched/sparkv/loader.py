@@ -244,7 +244,7 @@ class Loader:
         stream[0] += self._tail()
 
         depths = self.planner(compute, stream, self.objective)
-        if not self._assumed_goodput and not self._is_division_weighed:
+        if self.link_rate.is_settled and not self._is_division_weighed:
             self._is_division_weighed = True
             alone = [plan(compute, stream, self.objective) for plan in (stream_all, local)]
             costs = [float(self.objective(*totals(compute, stream, plan))) for plan in (depths, *alone)]
