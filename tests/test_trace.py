@@ -209,7 +209,8 @@ def test_a_row_against_attention_by_hand(trace: Trace) -> None:
     assert row.tokens == len(attended)
     assert row.recall == pytest.approx(float(weight[:, attended].sum(-1).mean()), rel=1e-9)
     assert row.oracle_recall == pytest.approx(float(weight.mean(0).topk(row.tokens).values.sum()), rel=1e-9)
-    assert row.error == row.error_estimated == pytest.approx(float((part - exact).norm() / exact.norm()), rel=1e-2, abs=1e-5)
+    error = float((part - exact).norm() / exact.norm())
+    assert row.error == row.error_estimated == pytest.approx(error, rel=1e-2, abs=1e-5)
 
 
 def test_reads_are_shared_among_heads_and_add_up(trace: Trace) -> None:
