@@ -154,6 +154,11 @@ class SparKVCache(DynamicCache):
         if self.get_seq_length() > 0:
             yield
             return
+        if _has_hole(attention_mask):
+            self._report = SparKVReport(prompt_tokens=input_ids.numel())
+            self._fall_back("the attention mask hides tokens within a prompt, and published prefixes hide none")
+            yield
+            return
         prompts = _distinct_prompts(input_ids, attention_mask)
         self._report = SparKVReport(prompt_tokens=sum(map(len, prompts.ids)))
         loaders = [] if self.options.planner == "local" else self._loaders(model, prompts.ids, overlap)
@@ -227,7 +232,8 @@ class SparKVCache(DynamicCache):
     def refine(self) -> SparKVReport:
         """Wait until a prefix that was loaded coarsely (`progressive`) is as fine as it was published.
 
-        The report's `fallback` says so where it cannot be, as when the link has died.
+        That takes as long as the link takes, however slow it is; `reset()` and the end of the cache break it off. The
+        report's `fallback` says so where the prefix stays coarse, as when the link has died.
         """
         if self._refiner is not None:
             self._refiner.wait()
@@ -243,14 +249,14 @@ class SparKVCache(DynamicCache):
     def reset(self) -> None:
         """As in DynamicCache; what is still being streamed is given up."""
         if self._refiner is not None:
-            self._refiner.close()
+            self._stop_refining()
             self._refiner = None
         super().reset()
 
     def _start_refining(self, loader: Loader) -> None:
         self._refiner, self._refinable = loader.refiner(), loader.grid.tokens
         if self._refiner is not None:
-            weakref.finalize(self, self._refiner.close)
+            self._stop_refining = weakref.finalize(self, self._refiner.close)
             self._refiner.start()
 
     @torch.inference_mode()
@@ -357,6 +363,14 @@ class _Prompts:
     ids: list[torch.Tensor]
     padding: list[int]
     row: list[int]
+
+
+def _has_hole(attention_mask: torch.Tensor | None) -> bool:
+    """Whether the mask hides anything but padding on the left; one that is not `[batch, n]` may well."""
+    if attention_mask is None:
+        return False
+    seen = (attention_mask != 0).int()
+    return seen.ndim != 2 or bool((seen.cummax(dim=1).values > seen).any())
 
 
 def _distinct_prompts(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> _Prompts:

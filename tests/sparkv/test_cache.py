@@ -131,6 +131,16 @@ def test_a_batch_of_prompts_published_in_part(published) -> None:
     assert len(report.depths) == 7 + 3 and "no prefix" in report.fallback
 
 
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_mask_with_a_hole_is_a_local_prefill(published, rows: int) -> None:
+    """What follows a hidden token was published as if it had been seen."""
+    model, prompt, options = published
+    mask = torch.ones_like(prompt).repeat(rows, 1)
+    mask[-1, 100] = 0
+    cache = expect_same_tokens(model, prompt.repeat(rows, 1), options, attention_mask=mask)
+    assert "hides tokens" in (cache.report().fallback or "") and cache.report().loaded_tokens == 0
+
+
 @torch.no_grad()
 def test_logits_of_a_padded_batch_equal_full_prefill(published) -> None:
     model, prompt, options = published
