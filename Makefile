@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model demo test lint bench bench-sparkv
+.PHONY: help setup model demo test lint bench bench-codec bench-sparkv
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -37,6 +37,11 @@ lint: setup ## Check style, formatting and types
 bench: setup model ## Run the demo and keep its numbers in evals/results/demo.json
 	@mkdir -p evals/results
 	@$(BIN)/python -m kvsched_evals.demo --json evals/results/demo.json
+
+bench-codec: setup model ## What every codec keeps, saves and costs, and progressive streaming; calibrates first
+	@$(BIN)/kvsched calibrate
+	@$(BIN)/python -m kvsched_evals.codec_bench --json evals/results/codec.json
+	@$(BIN)/python -m kvsched_evals.progressive_bench --json evals/results/progressive.json
 
 bench-sparkv: setup model ## Time to first token over shaped links, hours; ARGS="--links FOLDER" adds recorded ones
 	@$(BIN)/python -m kvsched_evals.sparkv_bench $(ARGS)

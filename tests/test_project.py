@@ -79,6 +79,7 @@ def test_make_lists_its_targets() -> None:
         "test",
         "lint",
         "bench",
+        "bench-codec",
         "bench-sparkv",
     ]
 
