@@ -190,7 +190,8 @@ class DynaKVConfig(CacheConfig):
             their cluster to be in DRAM, and the clusters fetched.
         sinks: tokens at the start of the sequence that always take part in attention.
         recent: newest tokens that always take part; a token enters a cluster only when it leaves this window.
-        dram: bytes that resident clusters may hold, over all layers; a number or a text such as `"64MiB"`.
+        dram: bytes that the clustered layers may hold, all together: resident clusters, their index, sinks and recent
+            tokens; a number or a text such as `"64MiB"`.
         cluster_size: mean tokens in a cluster; `None` takes the policy's own, 2.75 for `dynakv`. Fewer find more of the
             attention with the same budget, and need more DRAM for the index.
         max_cluster_size: a cluster is split rather than grow beyond this.
