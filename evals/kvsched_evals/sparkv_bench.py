@@ -191,7 +191,6 @@ class Bench:
         with contextlib.ExitStack() as patches:
             if frozen:
                 patches.enter_context(mock.patch.object(loader, "_MAX_PLANS", 1))
-                patches.enter_context(mock.patch.object(loader.Loader, "_computing_is_quicker", lambda *_: False))
             yield
 
     def _keep_timeline(self, row: dict[str, Any], arrivals: Iterable[Iterable[Any]]) -> None:

@@ -158,7 +158,7 @@ class Loader:
         self._plan(0, 0)
 
     def complete(self, layer: int) -> None:
-        """Wait until every chunk has `layer`, or compute what the stream owes where that is quicker."""
+        """Wait until every chunk has `layer`, or compute what the stream owes where a new plan says so."""
         progress = self.progress
         while True:
             with progress.changed:
@@ -169,20 +169,24 @@ class Loader:
                 stranded = (
                     progress.link_error is not None or chunk in progress.damaged or progress.next_to_stream() is None
                 )
-                if not stranded and not self._computing_is_quicker(chunk, missing):
+                if not stranded:
                     begin = time.monotonic()
-                    if begin - self._planned_at >= _REPLAN_SECONDS:
-                        self._planned_at = begin
-                        self._order_bands()
-                        streaming = (self.layer_bytes * missing).sum() / self._goodput() + self._tail()
-                        self._predict(max(streaming, self.query_seconds * self.compute_rate.factor))
-                    progress.changed.wait(timeout=_REPLAN_SECONDS)
-                    self._waited += time.monotonic() - begin
-                    continue
-                # Every chunk before this one is complete, so it can be computed to any depth. What is on its way of it
-                # is cut by the higher target.
-                depth = int(np.flatnonzero(missing[chunk])[-1]) + 1
-                progress.target[chunk] = self.grid.layers
+                    if begin - self._planned_at >= _REPLAN_SECONDS and self.plans < _MAX_PLANS:
+                        self._plan(chunk, None, layer)
+                    planned = (missing & (np.arange(self.grid.layers) < progress.target[:, None])).any(axis=1)
+                    if not planned.any():
+                        progress.changed.wait(timeout=_REPLAN_SECONDS)
+                        self._waited += time.monotonic() - begin
+                        continue
+                    chunk = int(planned.argmax())
+                else:
+                    # Every chunk before this one is complete, so it can be computed to any depth. What is on its way of
+                    # it is cut by the higher target.
+                    depth = int(np.flatnonzero(missing[chunk])[-1]) + 1
+                    progress.target[chunk] = self.grid.layers
+            if not stranded:
+                self._compute_to_target(chunk)
+                continue
             self._compute_chunk(chunk, lambda done, depth=depth: done < depth)  # type: ignore[misc]
 
     def result(self) -> LoadResult:
@@ -223,8 +227,14 @@ class Loader:
         if is_due and self.plans < _MAX_PLANS:
             self._plan(chunk, layers_done)
 
-    def _plan(self, chunk: int, layers_done: int) -> None:
-        """Plan the chunks from `chunk` on, of which `layers_done` layers are computed; earlier ones are settled."""
+    def _plan(self, chunk: int, layers_done: int | None, layers_passed: int = 0) -> None:
+        """Plan the chunks from `chunk` on; earlier ones are settled.
+
+        Args:
+            layers_done: of `chunk`, whose forward is running and can go on; `None` if none is. What is to be computed
+                further then is computed from its first layer.
+            layers_passed: through which the model's pass over the rest of the prompt has come.
+        """
         progress, layers, rest = self.progress, self.grid.layers, slice(chunk, None)
         self._planned_at = time.monotonic()
         open_bytes, missing = self._open_bytes()
@@ -233,9 +243,12 @@ class Loader:
         reach = min([layers, *(gap + 1 for gap in gaps)])
 
         compute = self.compute_table[rest] * self.compute_rate.factor
-        compute[0] += self.query_seconds * self.compute_rate.factor - compute[0, layers_done]
-        compute[:, max(reach, layers_done) + 1 :] = np.inf
-        compute[0, :layers_done] = np.inf
+        compute[np.arange(layers + 1) <= progress.computed[rest, None]] = 0
+        if layers_done is not None:
+            compute[0] = (self.compute_table[chunk] - self.compute_table[chunk, layers_done]) * self.compute_rate.factor
+            compute[0, :layers_done] = np.inf
+            compute[:, max(reach, layers_done) + 1 :] = np.inf
+        compute[0] += self.query_seconds * self.compute_rate.factor * (1 - layers_passed / layers)
         # stream[t, d]: bytes of layers d.. that have not arrived, as seconds.
         to_stream = np.zeros_like(compute)
         to_stream[:, :-1] = np.cumsum(open_bytes[rest, ::-1], axis=1)[:, ::-1]
@@ -325,18 +338,6 @@ class Loader:
             return go_on(layer + 1)
 
         self.cache.compute(self.model, self.token_ids[:, span], span.start, note)
-
-    def _computing_is_quicker(self, chunk: int, missing: np.ndarray) -> bool:
-        """Whether the first incomplete chunk is better computed, from its first layer on, than waited for.
-
-        The baselines wait, as the systems they stand for do.
-        """
-        if self.config.planner != "optimal":
-            return False
-        goodput = self.link_rate.goodput(time.monotonic())
-        depth = int(np.flatnonzero(missing[chunk])[-1]) + 1
-        seconds = self.compute_table[chunk, depth] * self.compute_rate.factor
-        return goodput is not None and seconds < (self.layer_bytes * missing).sum() / goodput
 
     def _patience(self) -> float:
         """Seconds of silence to bear: no more than what is owed takes to compute, within reason."""
