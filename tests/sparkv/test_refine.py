@@ -91,9 +91,8 @@ def test_generate_decodes_while_it_becomes_finer(prefix: Prefix) -> None:
             assert torch.equal(layer.keys[:, :, :TOKENS], other.keys.expand(2, -1, -1, -1))
 
 
-def test_what_was_cropped_and_filled_anew_is_left_alone(prefix: Prefix) -> None:
-    if any(layer.is_sliding for layer in prefix.balanced.layers):
-        pytest.skip("sliding layers cannot be cropped")
+def test_what_was_cropped_and_filled_anew_is_left_alone(tiny_model, tmp_path: Path) -> None:
+    prefix = Prefix(tiny_model("qwen2", num_hidden_layers=4), tmp_path)  # sliding layers cannot be cropped
     with running(prefix.folder) as server, shaped_link(server, mbit=20, rtt_ms=20) as url:
         cache = prefix.load(url)
         cache.crop(-20)
@@ -119,9 +118,8 @@ def test_what_was_computed_stays_exact(prefix: Prefix) -> None:
             assert torch.equal(layer.keys, prefix.balanced.layers[index].keys)
 
 
-def test_prompts_side_by_side_are_refined_before_the_first_token(prefix: Prefix) -> None:
-    if any(layer.is_sliding for layer in prefix.balanced.layers):
-        pytest.skip("one kind of model is enough")
+def test_prompts_side_by_side_are_refined_before_the_first_token(tiny_model, tmp_path: Path) -> None:
+    prefix = Prefix(tiny_model("qwen2", num_hidden_layers=4), tmp_path)
     ids = torch.cat([prefix.ids, prefix.ids.flip(1)])
     cache = kvsched.SparKVCache(prefix.model.config, store=str(prefix.folder), **OPTIONS)
     report = cache.load(prefix.model, ids)
