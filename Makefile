@@ -17,7 +17,7 @@ setup: .venv/.kvsched-installed ## Make .venv/ and install the project with ever
 	  + sys.executable + " is " + sys.version.split()[0] + ": make setup PYTHON=/path/to/python3")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -c constraints.txt torch==2.13.0
-	$(BIN)/python -m pip install -c constraints.txt -e '.[dev,serve]'
+	$(BIN)/python -m pip install -c constraints.txt -e '.[dev,serve,eval]'
 	@touch $@
 
 model: setup ## Fetch the 0.5B model into the user's cache folder, once
