@@ -18,6 +18,7 @@ from tqdm import tqdm
 from kvsched_kernels import Part, merge_parts
 
 from .config import DynaKVConfig
+from .dynakv.decode import Decoder
 from .dynakv.layer import DynaKVLayer
 from .dynakv.policies import POLICIES, policy_named
 from .dynakv.retrieval import Retrieval
@@ -81,19 +82,21 @@ class Outcome:
     kv_bytes: int
 
 
-class _WatchedLayer(DynaKVLayer):
-    """A layer as it is, which notes what took part in a step and what was read for it."""
+class _WatchedDecoder(Decoder):
+    """A decoder as it is, which notes what took part in a step and what was read for it."""
 
     def watch(self) -> None:
         """Begin a measured step."""
-        self.reads = np.zeros((self._streams, 3))  # of each head: bytes, reads, sum of run lengths
-        self.taking_part = np.zeros(self._streams)  # reads that brought anything for the head
-        self.chosen: list[torch.Tensor] = [torch.empty(0, dtype=torch.long)] * self._streams
+        streams = self.clusters.streams
+        self.reads = np.zeros((streams, 3))  # of each head: bytes, reads, sum of run lengths
+        self.taking_part = np.zeros(streams)  # reads that brought anything for the head
+        self.chosen: list[torch.Tensor] = [torch.empty(0, dtype=torch.long)] * streams
 
     def read(self, count: int, addresses: np.ndarray) -> bool:
         """Share a read of `count` bytes among the heads that own `addresses`; False if none of them is here."""
-        found = np.isin(self.index.address.numpy(), addresses) & (self.index.size.numpy() > 0)
-        entries = (self.index.size.numpy() * found).sum(1, dtype=np.int64)
+        address, size = self.clusters.index.address.numpy(), self.clusters.index.size.numpy()
+        found = np.isin(address, addresses) & (size > 0)
+        entries = (size * found).sum(1, dtype=np.int64)
         if not found.any():
             return False
         share = entries / entries.sum()
@@ -102,16 +105,23 @@ class _WatchedLayer(DynaKVLayer):
         self.taking_part += share > 0
         return True
 
-    def _parts(self, *arguments: Any) -> list[Part]:
-        self.parts = super()._parts(*arguments)
+    def parts(self, *arguments: Any) -> list[Part]:
+        self.answer = super().parts(*arguments)
         used = self.dense.position[:, self.dense.used]
         self.attended = [torch.cat([row[row >= 0], more]) for row, more in zip(used, self.chosen, strict=True)]
-        return self.parts
+        return self.answer
 
-    def _retrieve(self, found: Retrieval) -> tuple[torch.Tensor, torch.Tensor]:
-        entries, position = super()._retrieve(found)
+    def retrieve(self, found: Retrieval, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        entries, position = super().retrieve(found, step)
         self.chosen = [row[row >= 0] for row in position]
         return entries, position
+
+
+class _WatchedLayer(DynaKVLayer):
+    """A layer as it is, whose decoder is watched."""
+
+    decoder_class = _WatchedDecoder
+    decoder: _WatchedDecoder
 
 
 @torch.no_grad()
@@ -134,12 +144,14 @@ def replay(trace: Trace, config: DynaKVConfig, layers: Sequence[int], every: int
         watched = {number: _WatchedLayer(config, storage, number) for number in layers if number >= dense}
         for number, layer in watched.items():
             _feed(layer, tensors[number], slice(0, trace.prompt_length), trace.scaling)
-        before = {number: torch.stack([layer.splits, layer.moved]) for number, layer in watched.items()}
+        before = {
+            number: torch.stack([layer.clusters.splits, layer.clusters.moved]) for number, layer in watched.items()
+        }
         for step in tqdm(range(trace.prompt_length, trace.tokens), desc=config.policy, unit=" steps"):
             measured = (step - trace.prompt_length) % every == 0
             storage.on_read = _share_reads(watched) if measured else None
             for layer in watched.values() if measured else ():
-                layer.watch()
+                layer.decoder.watch()
             for number, layer in watched.items():
                 _feed(layer, tensors[number], slice(step, step + 1), trace.scaling)
             for number in layers if measured else ():
@@ -147,11 +159,11 @@ def replay(trace: Trace, config: DynaKVConfig, layers: Sequence[int], every: int
                     rows += _whole(config.policy, number, step, trace.kv_heads)
                     continue
                 layer = watched[number]
-                changes = torch.stack([layer.splits, layer.moved])
+                changes = torch.stack([layer.clusters.splits, layer.clusters.moved])
                 exact = _Exact(tensors[number], step, trace.scaling)
-                rows += _measure(config.policy, number, step, layer, exact, changes - before[number])
+                rows += _measure(config.policy, number, step, layer.decoder, exact, changes - before[number])
                 before[number] = changes
-        index_bytes, table_bytes = sum(layer.index.nbytes for layer in watched.values()), storage.table_bytes
+        index_bytes, table_bytes = sum(layer.index_bytes for layer in watched.values()), storage.table_bytes
     finally:
         storage.close()
     return Outcome(config.policy, rows, index_bytes, table_bytes, kv_bytes)
@@ -170,7 +182,7 @@ def _feed(layer: DynaKVLayer, tensors: LayerTrace, tokens: slice, scaling: float
 
 def _share_reads(layers: dict[int, _WatchedLayer]) -> Callable[[int, np.ndarray], None]:
     def on_read(count: int, addresses: np.ndarray) -> None:
-        any(layer.read(count, addresses) for layer in layers.values())
+        any(layer.decoder.read(count, addresses) for layer in layers.values())
 
     return on_read
 
@@ -196,13 +208,13 @@ class _Exact:
 
 
 def _measure(
-    policy: str, number: int, step: int, layer: _WatchedLayer, exact: _Exact, changes: torch.Tensor
+    policy: str, number: int, step: int, decoder: _WatchedDecoder, exact: _Exact, changes: torch.Tensor
 ) -> list[Row]:
     """One row for each head; `changes` `[2, H]` are the splits and the entries moved since the row before."""
-    plain, estimated = merge_parts(layer.parts[:2]), merge_parts(layer.parts)
+    plain, estimated = merge_parts(decoder.answer[:2]), merge_parts(decoder.answer)
     rows = []
-    for head, attended in enumerate(layer.attended):
-        count, reads = len(attended), layer.reads[head]
+    for head, attended in enumerate(decoder.attended):
+        count, reads = len(attended), decoder.reads[head]
         rows.append(
             Row(
                 policy,
@@ -216,7 +228,7 @@ def _measure(
                 tokens=count,
                 bytes_read=float(reads[0]),
                 reads=float(reads[1]),
-                run_length=float(reads[2] / max(1.0, layer.taking_part[head])),
+                run_length=float(reads[2] / max(1.0, decoder.taking_part[head])),
                 splits=int(changes[0, head]),
                 bytes_moved=int(changes[1, head]) * exact.entry_bytes,
             )

@@ -107,13 +107,13 @@ class DynaKVCache(Cache):
         """The numbers so far."""
         storage = self._storage
         layers = [layer for layer in self.layers if isinstance(layer, DynaKVLayer)]
-        held = [layer for layer in layers if layer.is_initialized]
+        held = [layer.clusters for layer in layers if layer.is_initialized]
         table, counters = storage.residency, storage.flash.counters
         return DynaKVReport(
             tokens=max((layer.get_seq_length() for layer in layers), default=0),
             steps=max((layer.steps for layer in layers), default=0),
-            clusters=sum(int(layer.index.count.sum()) for layer in held),
-            splits=sum(int(layer.splits.sum()) for layer in layers),
+            clusters=sum(int(clusters.index.count.sum()) for clusters in held),
+            splits=sum(int(clusters.splits.sum()) for clusters in held),
             bytes_read=counters.bytes_read,
             reads=counters.reads,
             read_seconds=storage.read_seconds,
@@ -121,8 +121,8 @@ class DynaKVCache(Cache):
             hits=table.hits if table else 0,
             misses=table.misses if table else 0,
             arena_bytes=storage.arena_bytes,
-            index_bytes=sum(layer.index.nbytes for layer in held),
-            dense_bytes=sum(layer.dense.nbytes for layer in held),
+            index_bytes=sum(layer.index_bytes for layer in layers),
+            dense_bytes=sum(layer.dense_bytes for layer in layers),
             flash_bytes=storage.flash.size,
             direct=storage.flash.direct,
         )

@@ -11,7 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kvsched import DynaKVConfig
-from kvsched.dynakv.layer import DynaKVLayer, real_tokens
+from kvsched.dynakv.layer import DynaKVLayer
+from kvsched.dynakv.padding import real_tokens
 from kvsched.dynakv.storage import ClusterStorage
 from kvsched.errors import ConfigError, InputError, UnsupportedModelError
 
@@ -63,12 +64,12 @@ class Recorded:
         if not layer.is_initialized:
             return []
         dense = layer.dense.position[:, layer.dense.used]
-        stream, cluster = layer.index.clusters()
+        stream, cluster = layer.clusters.index.clusters()
         places: list[list[int]] = [row[row >= 0].tolist() for row in dense]
         for s, c in zip(stream.tolist(), cluster.tolist(), strict=True):
-            size = int(layer.index.size[s, c])
+            size = int(layer.clusters.index.size[s, c])
             assert 1 <= size <= layer.config.max_cluster_size
-        _, position = layer._gather(stream, cluster)
+        _, position = layer.clusters.gather(stream, cluster)
         for held, row in zip(places, position.tolist(), strict=True):
             held += [at for at in row if at >= 0]
         sinks, window = layer.config.sinks, dense.shape[1] - layer.dense.recent
@@ -79,17 +80,19 @@ class Recorded:
             assert [at for at in dense[s, :sinks].tolist() if at >= 0] == real[: min(sinks, left_window)]
         assert ((dense[:, layer.dense.waiting] >= 0).sum(1) <= 64).all()
 
-        entries, present = layer._read_back(layer.get_seq_length())
+        entries, present = layer.read_back(layer.get_seq_length())
         entries, present = entries.view_as(self.entries), present.view(len(self.real), HEADS, -1)
         assert torch.equal(present, self.real_entries())
         assert torch.equal(entries[present], self.entries[present])
         if layer.policy.intake == "split":
             for s, c in zip(stream.tolist(), cluster.tolist(), strict=True):
-                _, position = layer._gather(torch.tensor([s]), torch.tensor([c]))
+                _, position = layer.clusters.gather(torch.tensor([s]), torch.tensor([c]))
                 own = self.entries[s // HEADS, s % HEADS, position[s], :DIM].double()
                 deviation = (own - own.mean(0)).square().sum()
-                torch.testing.assert_close(layer.index.deviation[s, c].double(), deviation, atol=1e-3, rtol=1e-2)
-        return layer.index.address[stream, cluster].tolist()
+                torch.testing.assert_close(
+                    layer.clusters.index.deviation[s, c].double(), deviation, atol=1e-3, rtol=1e-2
+                )
+        return layer.clusters.index.address[stream, cluster].tolist()
 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -168,7 +171,7 @@ def decoded(
 
 def test_a_long_decode_splits_evicts_waits_and_loses_nothing(new_storage):
     first, second, storage = decoded(new_storage, DynaKVConfig(dram=16 * SLOT, **OPTIONS))
-    assert first.layer.splits.sum() > 20
+    assert first.layer.clusters.splits.sum() > 20
     assert (first.layer.dense.position[:, first.layer.dense.waiting] >= 0).any()
     assert storage.flash.counters.bytes_written > 0
     assert storage.flash.counters.reads > 100
@@ -179,7 +182,7 @@ def test_a_long_decode_splits_evicts_waits_and_loses_nothing(new_storage):
 @pytest.mark.parametrize("storage", ["float16", "bfloat16"])
 def test_narrower_storage_rounds_once(new_storage, storage):
     layer, _, _ = decoded(new_storage, DynaKVConfig(dram=16 * SLOT, storage=storage, **OPTIONS), steps=60)
-    got = layer.layer._read_back(160)[0].view_as(layer.entries)
+    got = layer.layer.read_back(160)[0].view_as(layer.entries)
     rounded = layer.entries.to(getattr(torch, storage)).float()
     same, exact = (got == rounded).all(-1), (got == layer.entries).all(-1)
     assert (same | exact).all()
@@ -241,7 +244,7 @@ def test_tokens_reach_clusters_that_only_this_step_has_in_dram(new_storage):
     waiting = (first.layer.dense.position[:, first.layer.dense.waiting] >= 0).sum()
     left_window_since_prompt = HEADS * (60 // 16) * 16
     assert waiting < left_window_since_prompt
-    assert first.layer.splits.sum() > 0
+    assert first.layer.clusters.splits.sum() > 0
 
 
 def test_keys_shared_by_two_layers_are_taken_in_once(new_storage):

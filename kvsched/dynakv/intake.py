@@ -1,0 +1,189 @@
+"""What becomes of tokens that leave the recent window: DynaKV's Algorithm 1, and the ways it is compared with.
+
+A token waits in DRAM until its nearest cluster is there too, so that joining it costs no read; clusters that grew too
+large or too wide are split while they are in DRAM. When too many wait, the cluster most of them wait for is loaded.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .clusters import ranks
+from .dense import BATCH, WAITING, DenseTokens
+from .policies import pages
+from .stored import StoredClusters
+
+
+class Intake:
+    """Brings tokens of one layer into clusters, as `clusters.policy.intake` says."""
+
+    def __init__(self, clusters: StoredClusters, dense: DenseTokens) -> None:
+        self.clusters, self.dense, self.policy = clusters, dense, clusters.policy
+        # Clusters that stay as they are; those behind them are grouped again with what follows (intake "own").
+        self._grouped = clusters.index.count.clone()
+
+    def take(self, entries: torch.Tensor, position: torch.Tensor) -> bool:
+        """Take in new tokens `[S, q, width]` at `position` (int64 `[S, q]`, -1 for padding).
+
+        Returns:
+            Whether tokens began to wait, so that `settle` has to follow.
+        """
+        left = self.dense.push(entries, position)
+        if left is None:
+            return False
+        entries, position = left
+        if self.policy.intake == "own":
+            self._group_alone(entries, position)
+            return False
+        if int((position >= 0).sum(1).max()) > WAITING:
+            self._group(entries, position)
+            return False
+        for i, part in enumerate(zip(entries.split(BATCH, dim=1), position.split(BATCH, dim=1), strict=True)):
+            if i > 0:
+                self.settle()
+            self.dense.wait(*part)
+        return True
+
+    def settle(self) -> None:
+        """Bring waiting tokens into their clusters until no more than `WAITING` wait in any stream (Algorithm 1)."""
+        while True:
+            self._append_to_resident()
+            waiting = self.dense.position[:, self.dense.waiting] >= 0
+            over = waiting.sum(1) > WAITING
+            if not over.any():
+                break
+            first = over & (self.clusters.index.count == 0)
+            if first.any():
+                taken = waiting & first.unsqueeze(1)
+                region = self.dense.waiting
+                position = torch.where(taken, self.dense.position[:, region], -1)
+                self._group(self.dense.entries[:, region], position)
+                self.dense.end_wait(*taken.nonzero(as_tuple=True))
+            else:
+                self._load_fullest(over)
+        if self.policy.intake == "split":
+            self._split_widest()
+
+    def select(self, streams: torch.Tensor) -> None:
+        """Keep `streams` (int64, repeats allowed) in this order."""
+        self._grouped = self._grouped[streams]
+
+    def _group_alone(self, entries: torch.Tensor, position: torch.Tensor) -> None:
+        """Group tokens with those since the last `segment`, once there are enough of them; until then page by page."""
+        index = self.clusters.index
+        stream, cluster = index.clusters()
+        loose = cluster >= self._grouped[stream]
+        stream, cluster = stream[loose], cluster[loose]
+        held = torch.zeros_like(self._grouped).index_add_(0, stream, index.size[stream, cluster].long())
+        if index.width and int((held + (position >= 0).sum(1)).max()) < self.policy.segment:
+            self.clusters.create(entries, position, *pages(position >= 0, BATCH))
+            return
+        if len(stream):
+            before, there = self.clusters.gather(stream, cluster)
+            entries, position = torch.cat([before, entries], dim=1), torch.cat([there, position], dim=1)
+            self.clusters.free(stream, cluster)
+            index.truncate(self._grouped)
+        self._group(entries, position)
+        self._grouped = index.count.clone()
+
+    def _group(self, entries: torch.Tensor, position: torch.Tensor) -> None:
+        """Make clusters of tokens by themselves, as the policy groups them."""
+        keys = self.clusters.form.apart(entries)[0].float()
+        self.clusters.create(entries, position, *self.policy.group(keys, position >= 0))
+
+    def _waiting_clusters(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Stream, column in the waiting region and nearest cluster of each waiting token, where there are clusters."""
+        region, index = self.dense.waiting, self.clusters.index
+        waiting = (self.dense.position[:, region] >= 0) & (index.count > 0).unsqueeze(1)
+        stream, column = waiting.nonzero(as_tuple=True)
+        if len(stream) == 0:
+            return stream, column, column
+        keys = self.clusters.form.apart(self.dense.entries[:, region])[0].float()
+        return stream, column, index.tail(stream, self.policy.nearest(keys, index)[stream, column])
+
+    def _append_to_resident(self) -> None:
+        """Append waiting tokens to clusters that are in DRAM, and split those without room for them."""
+        clusters, index = self.clusters, self.clusters.index
+        while True:
+            stream, column, cluster = self._waiting_clusters()
+            here = clusters.resident(stream, cluster)
+            stream, column, cluster = stream[here], column[here], cluster[here]
+            if len(stream) == 0:
+                return
+            width = index.width
+            group, of = torch.unique(stream * width + cluster, return_inverse=True)
+            offset = index.size[stream, cluster].long() + ranks(of)
+            fits = offset < clusters.largest
+            full = torch.zeros(len(group), dtype=torch.bool, device=of.device).index_fill_(0, of[~fits], True)
+            for part in clusters.storage.rounds(len(group)):
+                s, c = group[part] // width, group[part] % width
+                slots = clusters.fetch(s, c)
+                some = fits & (of >= part.start) & (of < part.stop)
+                self._append(stream[some], column[some], cluster[some], offset[some], slots[of[some] - part.start])
+                if self.policy.intake == "split":
+                    clusters.refresh(s, c, slots)
+                    clusters.split(s[full[part]], c[full[part]], slots[full[part]])
+            if self.policy.intake == "chain":
+                self._prolong(stream, column, index.parent[stream, cluster].long(), fits)
+                return
+            if fits.all():
+                return
+
+    def _append(
+        self,
+        stream: torch.Tensor,
+        column: torch.Tensor,
+        cluster: torch.Tensor,
+        offset: torch.Tensor,
+        slots: torch.Tensor,
+    ) -> None:
+        entries = self.dense.entries[:, self.dense.waiting][stream, column]
+        position = self.dense.position[:, self.dense.waiting][stream, column]
+        self.clusters.append(stream, cluster, slots, offset, entries, position)
+        self.dense.end_wait(stream, column)
+
+    def _prolong(
+        self, stream: torch.Tensor, column: torch.Tensor, parent: torch.Tensor, appended: torch.Tensor
+    ) -> None:
+        """Let chains follow the tokens that join them; those that were not `appended` make further clusters."""
+        region, index = self.dense.waiting, self.clusters.index
+        entries, position = self.dense.entries[:, region], self.dense.position[:, region]
+        label = torch.full(position.shape, -1, dtype=torch.long, device=position.device)
+        label[stream[~appended], column[~appended]] = parent[~appended]
+        self.clusters.create(entries, position, label, index.count, chained=True)
+        self.dense.end_wait(stream[~appended], column[~appended])
+        label[stream, column] = parent
+        index.follow(self.clusters.form.apart(entries)[0].float(), label)
+
+    def _load_fullest(self, over: torch.Tensor) -> None:
+        """For the streams marked in `over`, fetch the cluster that most tokens wait for."""
+        width = self.clusters.index.width
+        stream, _, cluster = self._waiting_clusters()
+        stream, cluster = stream[over[stream]], cluster[over[stream]]
+        group, tokens = torch.unique(stream * width + cluster, return_counts=True)
+        fullest = group[tokens.argsort(descending=True, stable=True)]
+        fullest = fullest[ranks(fullest // width) == 0]
+        for part in self.clusters.storage.rounds(len(fullest)):
+            self.clusters.fetch(fullest[part] // width, fullest[part] % width)
+
+    def _split_widest(self) -> None:
+        """Split clusters in DRAM until there is one for `cluster_size` tokens, those with the largest deviation first.
+
+        So the threshold tau of a head, which the paper leaves open, is the deviation above which there is room for its
+        clusters in an index of the size wanted. A wide cluster on flash keeps its rank until a query brings it.
+        """
+        index = self.clusters.index
+        room = (index.tokens / self.policy.cluster_size).long() - index.count
+        if not (room > 0).any():
+            return
+        stream, cluster = index.clusters()
+        here = self.clusters.resident(stream, cluster)
+        worth = torch.zeros_like(index.deviation, dtype=torch.float32)
+        worth[stream[here], cluster[here]] = index.deviation[stream[here], cluster[here]].float()
+        worth[index.size < 2] = 0.0
+        best = worth.topk(min(int(room.max()), worth.shape[1]), dim=1)
+        rank = torch.arange(best.indices.shape[1], device=worth.device)
+        stream, column = ((rank < room.unsqueeze(1)) & (best.values > 0)).nonzero(as_tuple=True)
+        cluster = best.indices[stream, column]
+        for part in self.clusters.storage.rounds(len(stream)):
+            self.clusters.split(stream[part], cluster[part], self.clusters.fetch(stream[part], cluster[part]))

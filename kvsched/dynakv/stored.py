@@ -1,0 +1,223 @@
+"""The clusters of one layer: what the index keeps of them in DRAM, and their entries wherever the storage has them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from kvsched_kernels import members, moments, two_means
+
+from .clusters import ClusterIndex, Clusters, ranks
+from .policies import Policy
+from .pools import keep_order
+from .retrieval import places
+from .storage import ClusterStorage
+
+_AT_ONCE = 1024
+"""Groups of tokens that are summarised at once, which bounds the memory of copies padded to the largest."""
+
+
+@dataclass(frozen=True)
+class EntryForm:
+    """An entry: key (after RoPE) and value of a token side by side.
+
+    Args:
+        key_width, value_width: numbers of each.
+        dtype, device: the model's, in which entries are handed out.
+    """
+
+    key_width: int
+    value_width: int
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def width(self) -> int:
+        """Numbers in an entry."""
+        return self.key_width + self.value_width
+
+    def apart(self, entries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of entries `[..., width]`."""
+        return entries[..., : self.key_width], entries[..., self.key_width :]
+
+
+class StoredClusters:
+    """Clusters of `streams` streams, which are the rows of the batch times the KV heads.
+
+    Attributes:
+        index: see `ClusterIndex`.
+        splits: clusters of each stream that were split so far, int64 `[S]`.
+        moved: entries of each stream that splits moved to another place on flash, int64 `[S]`.
+    """
+
+    def __init__(self, storage: ClusterStorage, policy: Policy, form: EntryForm, streams: int, number: int = 0) -> None:
+        self.storage, self.policy, self.form, self.streams = storage, policy, form, streams
+        self.largest = policy.config.max_cluster_size
+        self._number = number
+        forms, chained = policy.forms(form.key_width, form.value_width), policy.intake == "chain"
+        self.index = ClusterIndex(streams, forms, self.largest, form.device, chained)
+        self.splits, self.moved = torch.zeros(2, streams, dtype=torch.long, device=form.device).unbind()
+
+    def resident(self, stream: torch.Tensor, cluster: torch.Tensor) -> torch.Tensor:
+        """bool `[N]`: which clusters can be used without reading."""
+        return self._to_device(self.storage.resident(to_host(self.index.address[stream, cluster])))
+
+    def fetch(self, stream: torch.Tensor, cluster: torch.Tensor) -> torch.Tensor:
+        """The arena slots of clusters, int64 `[N]`, good until the next round of the storage."""
+        address, size = self.index.address[stream, cluster], self.index.size[stream, cluster]
+        return self._to_device(self.storage.fetch(to_host(address), to_host(size)))
+
+    def gather(
+        self, stream: torch.Tensor, cluster: torch.Tensor, kept: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The tokens of clusters by stream: entries `[S, n, width]`, position int64 `[S, n]`, -1 where none is.
+
+        Args:
+            stream, cluster: int64 `[N]`, by stream.
+            kept: bool `[N, max_cluster_size]`, which tokens are wanted; `None` for all.
+        """
+        address, size = self.index.address[stream, cluster], self.index.size[stream, cluster].long()
+        there, places_in_text = self.storage.gather(to_host(address), to_host(size))
+        at = places(stream, size, self.streams, kept)
+        if kept is not None:
+            there, places_in_text = there[at.token.cpu()], places_in_text[to_host(at.token)]
+        form = self.form
+        entries = torch.zeros(self.streams, at.width, form.width, dtype=form.dtype, device=form.device)
+        entries[at.stream, at.column] = there.to(form.device, form.dtype)
+        position = torch.full((self.streams, at.width), -1, dtype=torch.long, device=form.device)
+        position[at.stream, at.column] = self._to_device(places_in_text).long()
+        return entries, position
+
+    def create(
+        self,
+        entries: torch.Tensor,
+        position: torch.Tensor,
+        label: torch.Tensor,
+        groups: torch.Tensor,
+        chained: bool = False,
+    ) -> None:
+        """Make a cluster of each group; of a group too large for one, several with the vectors of the whole group.
+
+        Args:
+            entries: `[S, n, width]`, position: int64 `[S, n]`.
+            label: int64 `[S, n]`, -1 for tokens that are left out; groups: int64 `[S]`, how many.
+            chained: a group's number is that of a cluster whose chain it prolongs.
+        """
+        if not bool((label >= 0).any()):
+            return
+        keys = self.form.apart(entries)[0].float()
+        _, size, deviation = moments(keys, label, int(groups.max()))
+        stream, group = size.nonzero(as_tuple=True)
+        size, deviation = size[stream, group], deviation[stream, group]
+        token = members(label, stream, group, int(size.max()))
+        parts = [
+            self._summarise(entries[stream[part].unsqueeze(1), token[part].clamp_min(0)], token[part] >= 0)
+            for part in torch.arange(len(stream), device=label.device).split(_AT_ONCE)
+        ]
+        vectors = {name: torch.cat([part[name] for part in parts]) for name in self.index.tables}
+
+        whole = torch.arange(len(stream), device=label.device).repeat_interleave(
+            (size + self.largest - 1) // self.largest
+        )
+        link = ranks(whole)
+        column = (link * self.largest).unsqueeze(1) + torch.arange(self.largest, device=label.device)
+        token = token[whole.unsqueeze(1), column.clamp_max(token.shape[1] - 1)].clamp_min(0)
+        size = (size[whole] - column[:, 0]).clamp_max(self.largest)
+        stream = stream[whole]
+        rows = stream.unsqueeze(1)
+        made = Clusters(stream, size, deviation[whole], {name: vector[whole] for name, vector in vectors.items()})
+        for part in self.storage.rounds(len(stream)):
+            here = rows[part], token[part]
+            address = self.storage.create(
+                entries[here], to_host(size[part]), to_host(position[here]), to_host(self._pool(stream[part]))
+            )
+            self.index.create(made[part], self._to_device(address), link[part], group[whole[part]] if chained else None)
+
+    def append(
+        self,
+        stream: torch.Tensor,
+        cluster: torch.Tensor,
+        slots: torch.Tensor,
+        offset: torch.Tensor,
+        entries: torch.Tensor,
+        position: torch.Tensor,
+    ) -> None:
+        """Put entries `[M, width]`, positions `[M]` at `offset` `[M]` of clusters in `slots` `[M]`, without gaps."""
+        self.storage.append(to_host(slots), to_host(offset), entries, to_host(position))
+        size = torch.bincount(stream * self.index.width + cluster, minlength=self.streams * self.index.width)
+        self.index.size[:, : self.index.width] += size.view(self.streams, -1).to(self.index.size)
+
+    def refresh(self, stream: torch.Tensor, cluster: torch.Tensor, slots: torch.Tensor) -> None:
+        """Take what the index keeps of clusters that changed from their entries, so that no rounding adds up."""
+        size = self.index.size[stream, cluster].long()
+        entries, mask = self._members(slots, size)
+        label = torch.where(mask, 0, -1)
+        _, _, deviation = moments(self.form.apart(entries)[0], label, 1)
+        self.index.replace(cluster, Clusters(stream, size, deviation[:, 0], self._summarise(entries, mask)))
+
+    def split(self, stream: torch.Tensor, cluster: torch.Tensor, slots: torch.Tensor) -> None:
+        """Split clusters that lie in `slots`: the first half keeps its place, the second becomes a new cluster."""
+        if len(stream) == 0:
+            return
+        entries, mask = self._members(slots, self.index.size[stream, cluster])
+        keys = self.form.apart(entries)[0]
+        half = torch.where(mask, two_means(keys, mask).long(), -1)
+        _, size, deviation = moments(keys, half, 2)
+
+        order = keep_order(to_host(half == 1), to_host(mask.sum(1)))
+        address = self.storage.split(to_host(slots), order, to_host(size))
+        first = Clusters(stream, size[:, 0], deviation[:, 0], self._summarise(entries, half == 0))
+        self.index.replace(cluster, first)
+        second = Clusters(stream, size[:, 1], deviation[:, 1], self._summarise(entries, half == 1))
+        self.index.create(second, self._to_device(address))
+        self.splits.index_add_(0, stream, torch.ones_like(stream))
+        each = torch.arange(self.largest, device=stream.device)
+        shifted = (self._to_device(order) != each) & (each < size[:, :1])
+        self.moved.index_add_(0, stream, shifted.sum(1) + size[:, 1])
+
+    def free(self, stream: torch.Tensor, cluster: torch.Tensor) -> None:
+        """Give room of clusters back; the caller takes them out of the index."""
+        self.storage.free(to_host(self.index.address[stream, cluster]))
+
+    def select(self, streams: torch.Tensor) -> None:
+        """Keep `streams` (int64, repeats allowed) in this order; each copy of a stream gets clusters of its own."""
+        stream, cluster = self.index.clusters()
+        gone = ~torch.isin(stream, streams)
+        self.free(stream[gone], cluster[gone])
+        self.index.select(streams)
+        self.splits, self.moved = self.splits[streams], self.moved[streams]
+        self.streams = len(streams)
+
+        copy = ranks(streams)
+        for nth in range(1, int(copy.max()) + 1):
+            stream, cluster = self.index.clusters()
+            stream, cluster = stream[copy[stream] == nth], cluster[copy[stream] == nth]
+            for part in self.storage.rounds(len(stream)):
+                s, c = stream[part], cluster[part]
+                size = to_host(self.index.size[s, c])
+                entries, position = self.storage.gather(to_host(self.index.address[s, c]), size)
+                address = self.storage.create(entries, size, position, to_host(self._pool(s)))
+                self.index.address[s, c] = self._to_device(address).to(self.index.address)
+
+    def _members(self, slots: torch.Tensor, size: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Entries of clusters in DRAM, float32 `[N, max_cluster_size, width]`, and bool `[N, n]`, where one is."""
+        each = torch.arange(self.largest, device=slots.device)
+        entries = self.storage.read(to_host(slots.unsqueeze(1)), to_host(each))
+        return entries.to(self.form.device, self.form.dtype).float(), each < size.unsqueeze(1)
+
+    def _summarise(self, entries: torch.Tensor, mask: torch.Tensor) -> dict[str, torch.Tensor]:
+        return self.policy.summarise(*self.form.apart(entries.float()), mask)
+
+    def _pool(self, stream: torch.Tensor) -> torch.Tensor:
+        """A number for each of `stream` that no other layer has: clusters of one stream lie together on flash."""
+        return stream + self._number * self.streams
+
+    def _to_device(self, array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(array).to(self.form.device)
+
+
+def to_host(tensor: torch.Tensor) -> np.ndarray:
+    """An int64 (or bool) array on the host."""
+    return (tensor if tensor.dtype == torch.bool else tensor.long()).cpu().numpy()
