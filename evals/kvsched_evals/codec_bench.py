@@ -8,10 +8,7 @@ stays the same. Speeds are of one core, in bytes of the cache in half precision.
 from __future__ import annotations
 
 import inspect
-import json
-import shlex
 import statistics
-import sys
 import tarfile
 import time
 from collections.abc import Iterator
@@ -32,7 +29,7 @@ from kvsched.sparkv.calibration import Calibration
 from kvsched.sparkv.codec import Base, ChunkHeader, CodecName, Coder, LayerEntry
 from kvsched.sparkv.rope import Rotation
 
-from .machine import describe
+from .machine import keep
 
 CONTEXT, FOLLOWING, CHUNK = 1024, 256, 256
 REPEATS = 3
@@ -162,8 +159,6 @@ def main(
         typer.echo(f"| {name} | {' | '.join(cells)} |")
     if json_path is not None:
         result = {
-            "command": shlex.join(["python", "-m", "kvsched_evals.codec_bench", *sys.argv[1:]]),
-            "machine": describe(),
             "seconds": time.perf_counter() - begin,
             "context_tokens": CONTEXT,
             "following_tokens": FOLLOWING,
@@ -172,8 +167,7 @@ def main(
             "codecs": codecs,
             "runs": runs,
         }
-        json_path.parent.mkdir(parents=True, exist_ok=True)
-        json_path.write_text(json.dumps(result, indent=1) + "\n")
+        keep(json_path, "codec_bench", result)
         typer.echo(f"\nwritten to {json_path}")
 
 

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
-import shlex
 import sys
 import tempfile
 import time
@@ -31,7 +29,7 @@ from kvsched.sparkv.grid import Grid
 from kvsched.sparkv.serve import running
 
 from .link import shaped_link
-from .machine import describe
+from .machine import keep
 
 # A chapter of the Python language reference that comes with every Python: about 3,200 tokens.
 DOCUMENT = "customization"
@@ -232,15 +230,12 @@ def main(
     dynakv = long_answer(model, tokenizer, tokens)
     typer.echo("\n" + table(sparkv, dynakv))
     if json_path is not None:
-        json_path.parent.mkdir(parents=True, exist_ok=True)
         result = {
-            "command": shlex.join(["python", "-m", "kvsched_evals.demo", *sys.argv[1:]]),
-            "machine": describe(),
             "seconds": time.perf_counter() - begin,
             "sparkv": sparkv,
             "dynakv": dynakv,
         }
-        json_path.write_text(json.dumps(result, indent=1) + "\n")
+        keep(json_path, "demo", result)
         typer.echo(f"\nwritten to {json_path}")
 
 

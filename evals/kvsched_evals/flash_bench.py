@@ -7,8 +7,6 @@ of bytes read is the proof. The same clusters are missing in every layout, so ti
 
 from __future__ import annotations
 
-import json
-import shlex
 import sys
 import tempfile
 import time
@@ -39,7 +37,7 @@ from kvsched.dynakv.storage import ClusterStorage
 from kvsched.trace import LayerTrace, Trace
 from kvsched_kernels import kmeans
 
-from .machine import describe
+from .machine import keep
 
 POLICIES: dict[str, Callable[[], Policy]] = {
     "cluster_aligned": ClusterAligned,
@@ -303,17 +301,14 @@ def main(
     again = moved([head for of in heads for head in of], steps, entry, directory)
     typer.echo(f"appends and splits: packing moves {again['packed_over_pools']:.0f}x what pools move")
     if json_path is not None:
-        json_path.parent.mkdir(parents=True, exist_ok=True)
         result = {
-            "command": shlex.join(["python", "-m", "kvsched_evals.flash_bench", *sys.argv[1:]]),
-            "machine": describe(),
             "trace": {"model": recorded.model, "layers": numbers, "prompt": prompt, "steps": steps},
             "clusters": sum(len(head.sizes) for of in heads for head in of),
             "entry_bytes": entry,
             "dram": shares,
             "moved": again,
         }
-        json_path.write_text(json.dumps(result, indent=1) + "\n")
+        keep(json_path, "flash_bench", result)
         typer.echo(f"written to {json_path}")
 
 

@@ -1,9 +1,12 @@
-"""What a measurement was taken on: it stands beside every number that is kept."""
+"""Results as JSON, each with what it was measured on and by which command."""
 
 from __future__ import annotations
 
+import json
 import os
 import platform
+import shlex
+import sys
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -11,6 +14,18 @@ from typing import Any
 
 import psutil
 import torch
+
+
+def keep(path: Path, bench: str, result: dict[str, Any]) -> None:
+    """Write what the module `bench` of this package has measured, with its command line and this machine.
+
+    A file that is there is replaced as a whole, so a run that is broken off leaves the last one.
+    """
+    command = shlex.join(["python", "-m", f"kvsched_evals.{bench}", *sys.argv[1:]])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_suffix(".tmp")
+    draft.write_text(json.dumps({"command": command, "machine": describe(), **result}, indent=1) + "\n")
+    draft.replace(path)
 
 
 def describe() -> dict[str, Any]:

@@ -6,8 +6,6 @@ where fronts grow, so it is no planner.
 
 from __future__ import annotations
 
-import json
-import shlex
 import sys
 import time
 from pathlib import Path
@@ -19,7 +17,7 @@ from tqdm.auto import tqdm
 
 from kvsched.sparkv.plan import PLANNERS, lower_bound, makespan, optimal
 
-from .machine import describe
+from .machine import keep
 
 MAX_CHUNKS, MAX_LAYERS = 32, 64
 TIMED = [(16, 24), (32, 32), (64, 64)]
@@ -130,15 +128,12 @@ def main(
             f"{planners['greedy']['median'] * 1e3:.1f} ms"
         )
     if json_path is not None:
-        json_path.parent.mkdir(parents=True, exist_ok=True)
         result = {
-            "command": shlex.join(["python", "-m", "kvsched_evals.plan_bench", *sys.argv[1:]]),
-            "machine": describe(),
             "seed": seed,
             "quality": kinds,
             "planning_seconds": timed,
         }
-        json_path.write_text(json.dumps(result, indent=1) + "\n")
+        keep(json_path, "plan_bench", result)
         typer.echo(f"written to {json_path}")
 
 

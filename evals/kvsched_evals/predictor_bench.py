@@ -6,8 +6,6 @@ are also looked at as the loader uses them, corrected by how long the last two c
 
 from __future__ import annotations
 
-import json
-import shlex
 import sys
 import time
 from pathlib import Path
@@ -26,7 +24,7 @@ from kvsched.sparkv.forward import PrefixCache
 from kvsched.sparkv.grid import Grid
 from kvsched.sparkv.predictor import LearnedProfile, active_blocks
 
-from .machine import describe
+from .machine import keep
 
 CHUNK_TOKENS = 256
 _LOOK_SECONDS = 0.1
@@ -108,10 +106,7 @@ def main(
         )
     typer.echo(f"profile measured in {physical_seconds:.1f} s, network trained in {training_seconds:.1f} s")
     if json_path is not None:
-        json_path.parent.mkdir(parents=True, exist_ok=True)
         result = {
-            "command": shlex.join(["python", "-m", "kvsched_evals.predictor_bench", *sys.argv[1:]]),
-            "machine": describe(),
             "chunk_tokens": CHUNK_TOKENS,
             "tokens": grid.tokens,
             "train": train,
@@ -124,7 +119,7 @@ def main(
             "chunk_seconds": {name: guess.tolist() for name, guess in {"actual": actual, **predicted}.items()},
             "utilisation": utilisation[train:].tolist(),
         }
-        json_path.write_text(json.dumps(result, indent=1) + "\n")
+        keep(json_path, "predictor_bench", result)
         typer.echo(f"written to {json_path}")
 
 

@@ -8,10 +8,7 @@ the difference.
 
 from __future__ import annotations
 
-import json
-import shlex
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -30,7 +27,7 @@ from kvsched.sparkv.serve import running
 
 from .codec_bench import texts
 from .link import shaped_link
-from .machine import describe
+from .machine import keep
 
 CODECS = ("balanced", "small", "progressive")
 CHUNK_TOKENS, QUERY_TOKENS = 256, 64
@@ -136,8 +133,6 @@ def main(
     typer.echo(table(results))
     if json_path is not None:
         result = {
-            "command": shlex.join(["python", "-m", "kvsched_evals.progressive_bench", *sys.argv[1:]]),
-            "machine": describe(),
             "seconds": time.perf_counter() - begin,
             "context_tokens": context,
             "following_tokens": tokens,
@@ -146,8 +141,7 @@ def main(
             "results": results,
             "runs": runs,
         }
-        json_path.parent.mkdir(parents=True, exist_ok=True)
-        json_path.write_text(json.dumps(result, indent=1) + "\n")
+        keep(json_path, "progressive_bench", result)
         typer.echo(f"\nwritten to {json_path}")
 
 

@@ -12,9 +12,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import shlex
 import statistics
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -43,7 +41,7 @@ from kvsched.sparkv.serve import running
 
 from .demo import TokenClock
 from .link import shaped_link
-from .machine import describe
+from .machine import keep
 from .recorded import Recording
 from .rounds import Rounds
 from .sparkv_verdicts import OURS, verdicts
@@ -233,10 +231,7 @@ class Bench:
 
     def write(self) -> None:
         """Keep everything measured so far, and what follows from it."""
-        self.out.parent.mkdir(parents=True, exist_ok=True)
         result = {
-            "command": shlex.join(["python", "-m", "kvsched_evals.sparkv_bench", *sys.argv[1:]]),
-            "machine": describe(),
             "settings": self.settings,
             "verdicts": self.verdicts(),
             "cases": summary(self.rows),
@@ -244,9 +239,7 @@ class Bench:
             "timelines": self.timelines,
             "rows": self.rows,
         }
-        draft = self.out.with_suffix(".tmp")
-        draft.write_text(json.dumps(result, indent=1) + "\n")
-        draft.replace(self.out)
+        keep(self.out, "sparkv_bench", result)
 
     def verdicts(self) -> dict[str, Any]:
         """What the results so far say about the targets."""
