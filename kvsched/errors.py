@@ -13,6 +13,14 @@ class ModelNotFoundError(KVSchedError, OSError):
     """No local folder, hub or package could provide the model that was asked for."""
 
 
+class PackageError(KVSchedError, OSError):
+    """A package could not be had from its registry, or is not the one that was expected."""
+
+
+class DataNotFoundError(KVSchedError, OSError):
+    """Evaluation data is not on this machine, or could not be fetched."""
+
+
 class UnsupportedModelError(KVSchedError, TypeError):
     """The model's layers or its attention cannot work with the cache that was asked for."""
 

