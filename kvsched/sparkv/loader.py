@@ -34,10 +34,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _REPLAN_SECONDS = 0.25
-_MIN_GAIN = 0.02  # of the time that is left; a plan that promises less is not worth changing course for
-# Both paths share the processor and the memory, which no table shows: to divide at all has to promise that much more
-# than the better path alone.
-_MIN_DIVIDING_GAIN = 0.1
+# Of the time that is left: a plan that promises less is not worth changing course for, nor is dividing at all worth
+# leaving the better path alone for. Predictions err by as much, and both paths share the processor and the memory.
+_MIN_GAIN = 0.1
 _MAX_PLANS = 100
 # Seconds that computing waits for an unknown link to show itself, in all and after its first bytes: on a fast one it
 # would only take the processor from the stream.
@@ -261,7 +260,7 @@ class Loader:
             self._is_division_weighed = True
             alone = [plan(compute, stream, self.objective) for plan in (stream_all, local)]
             costs = [float(self.objective(*totals(compute, stream, plan))) for plan in (depths, *alone)]
-            if costs[0] > (1 - _MIN_DIVIDING_GAIN) * min(costs[1:]):
+            if costs[0] > (1 - _MIN_GAIN) * min(costs[1:]):
                 depths = alone[int(np.argmin(costs[1:]))]
         cost, kept = (self.objective(*totals(compute, stream, plan)) for plan in (depths, progress.target[rest]))
         if self.plans == 0 or cost <= (1 - _MIN_GAIN) * kept:
