@@ -192,6 +192,9 @@ class DynaKVConfig(CacheConfig):
         recent: newest tokens that always take part; a token enters a cluster only when it leaves this window.
         dram: bytes that the clustered layers may hold, all together: resident clusters, their index, sinks and recent
             tokens; a number or a text such as `"64MiB"`.
+        prefill: how several new tokens attend to earlier ones that lie on flash (a prompt in chunks, a second turn,
+            candidates of an assistant): `exact` lets all of them pass by, `retrieval` fetches `budget` tokens for
+            every block of queries, which reads less and is not exact.
         cluster_size: mean tokens in a cluster; `None` takes the policy's own, 2.75 for `dynakv`. Fewer find more of the
             attention with the same budget, and need more DRAM for the index.
         max_cluster_size: a cluster is split rather than grow beyond this.
@@ -205,6 +208,7 @@ class DynaKVConfig(CacheConfig):
     sinks: int = 16
     recent: int = 64
     dram: int | str = "64MiB"
+    prefill: Literal["exact", "retrieval"] = "exact"
     cluster_size: float | None = None
     max_cluster_size: int = 16
     storage: Literal["auto", "float32", "float16", "bfloat16"] = "auto"

@@ -1,9 +1,9 @@
 """One full-attention layer whose keys and values lie in clusters, in DRAM or on flash: the contract with transformers.
 
-Two ways to answer attention. While many tokens come at once (a prompt, a second turn, candidates of an assistant) the
-model's own attention runs over all keys in the order of the text, read back where needed, and the new tokens are taken
-in afterwards. A single token is answered from the sinks, the recent window, the tokens that wait and the clusters its
-query retrieves.
+Three ways to answer attention. The first tokens of all are the model's own attention's matter. Where more than one
+token follows earlier ones (a chunk of a prompt, a second turn, candidates of an assistant) these pass by in parts
+(`prefill`). A single token is answered from the sinks, the recent window, the tokens that wait and the clusters its
+query retrieves (`decode`). What is new is brought into clusters afterwards (`intake`).
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from .dense import DenseTokens
 from .intake import Intake
 from .padding import real_tokens
 from .policies import policy_named
+from .prefill import Chunk, ChunkAttention, Tokens
 from .storage import ClusterStorage
 from .stored import EntryForm, StoredClusters
 
@@ -70,6 +71,7 @@ class DynaKVLayer(CacheLayerMixin):
         self.dense = DenseTokens(streams, self._form.width, config.sinks, config.recent, self.dtype, self.device)
         self._intake = Intake(self.clusters, self.dense)
         self.decoder = self.decoder_class(self.clusters, self.dense)
+        self._chunks = ChunkAttention(self.clusters, self.dense, self.decoder)
 
     @property
     def index_bytes(self) -> int:
@@ -87,11 +89,10 @@ class DynaKVLayer(CacheLayerMixin):
         """Announce new tokens `[B, H, q, D]`; they are taken in when attention is asked of the layer.
 
         Returns:
-            Keys, marked for `attention`, and values: of the new token alone if it is one more, else of all tokens.
+            The same keys, marked for `attention`, and values.
 
         Raises:
             UnsupportedModelError: the model computed attention without asking the layer.
-            FlashError: earlier tokens could not be read back.
         """
         if self._arrived is not None:
             raise UnsupportedModelError(
@@ -101,13 +102,9 @@ class DynaKVLayer(CacheLayerMixin):
             )
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        before, new = self._seen, key_states.shape[2]
         entries = torch.cat([key_states, value_states], dim=-1)
-        self._arrived = entries.view(self.clusters.streams, new, self._form.width)
-        self._seen += new
-        if before and new > 1:
-            entries = torch.cat([self.read_back(before)[0], self._arrived], dim=1)
-            key_states, value_states = self._form.apart(entries.view(-1, self._kv_heads, self._seen, self._form.width))
+        self._arrived = entries.view(self.clusters.streams, -1, self._form.width)
+        self._seen += key_states.shape[2]
         return carry(key_states, self), value_states
 
     def attention(
@@ -120,7 +117,7 @@ class DynaKVLayer(CacheLayerMixin):
         attention_mask: Any,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """See `kvsched.attention.CacheAttention`. Decoding returns no weights.
+        """See `kvsched.attention.CacheAttention`. Weights are returned for the first tokens of all only.
 
         Raises:
             InputError: a row ends in padding.
@@ -130,44 +127,61 @@ class DynaKVLayer(CacheLayerMixin):
         """
         # Layers that share keys (Gemma 3n) ask again with keys that were taken in already.
         arrived, self._arrived = self._arrived, None
-        everything = key.shape[2] == self._seen
-        if everything:
+        own = None if arrived is None else self._located(arrived, attention_mask)
+        alone, first = query.shape[2] == 1, key.shape[2] == self._seen
+        output: tuple[torch.Tensor, torch.Tensor | None]
+        if first:
             output = inner(module, query, key, value, attention_mask, **kwargs)
-        left_window = False
-        if arrived is not None:
-            real = real_tokens(attention_mask, query.shape[0], arrived.shape[1], self.device)
-            left_window = self._take(arrived, real.repeat_interleave(self._kv_heads, dim=0))
-        if not everything:
-            output = self._decode(query, **kwargs), None
+        elif not alone:
+            output = self._answer_chunk(self._asked(query, attention_mask, **kwargs), own), None
+        left_window = own is not None and self._intake.take(own.entries, own.position)
+        if alone and not first:
+            output = self._answer_one(self._asked(query, attention_mask, **kwargs)), None
         if left_window:
             self._intake.settle()  # after decoding, when the clusters that this step retrieved are in DRAM
-        if arrived is not None and (held := self.index_bytes + self.dense_bytes) != self._spent:
+        if own is not None and (held := self.index_bytes + self.dense_bytes) != self._spent:
             self._spent = held
             self.storage.spend(f"layer {self._number}", held)
         return output
 
-    def _take(self, entries: torch.Tensor, real: torch.Tensor) -> bool:
-        """Take in the newest tokens `[S, q, width]`; those that `real` (bool `[S, q]`) does not mark are padding."""
-        new = torch.arange(self._seen - entries.shape[1], self._seen, device=self.device)
-        return self._intake.take(entries, torch.where(real, new, -1))
+    def _located(self, entries: torch.Tensor, mask: Any) -> Tokens:
+        """The newest tokens `[S, q, width]` with their positions."""
+        streams, new, _ = entries.shape
+        real = real_tokens(mask, streams // self._kv_heads, new, self.device).repeat_interleave(self._kv_heads, dim=0)
+        return Tokens(entries, torch.where(real, torch.arange(self._seen - new, self._seen, device=self.device), -1))
 
-    def _decode(
+    def _asked(
         self,
         query: torch.Tensor,
+        mask: Any,
         scaling: float | None = None,
         softcap: float | None = None,
         s_aux: torch.Tensor | None = None,
         position_bias: torch.Tensor | None = None,
         **kwargs: Any,
-    ) -> torch.Tensor:
+    ) -> Chunk:
         if position_bias is not None:
             raise UnsupportedModelError("this model adds a position bias to attention, which DynaKV does not support.")
-        batch, heads, _, dim = query.shape
-        group = query.reshape(self.clusters.streams, heads // self._kv_heads, dim)
+        batch, heads, new, dim = query.shape
+        group = query.reshape(self.clusters.streams, heads // self._kv_heads, new, dim)
         sinks = None if s_aux is None else s_aux.view(self._kv_heads, -1).repeat(batch, 1)
-        parts = self.decoder.parts(group, dim**-0.5 if scaling is None else scaling, softcap, sinks, self._seen)
+        return Chunk(group, mask, self._seen, dim**-0.5 if scaling is None else scaling, softcap, sinks)
+
+    def _answer_chunk(self, chunk: Chunk, own: Tokens | None) -> torch.Tensor:
+        if own is not None and self.config.prefill == "retrieval":
+            return self._shaped(chunk, self._chunks.retrieved(chunk, own))
+        return self._shaped(chunk, self._chunks.exact(chunk, own))
+
+    def _answer_one(self, chunk: Chunk) -> torch.Tensor:
+        query = chunk.query[:, :, 0]
+        parts = self.decoder.parts(query, chunk.scaling, chunk.softcap, chunk.sinks, chunk.seen)
         self.steps += 1
-        return merge_parts(parts).to(query.dtype).view(batch, 1, heads, -1)
+        return self._shaped(chunk, merge_parts(parts).unsqueeze(2))
+
+    def _shaped(self, chunk: Chunk, output: torch.Tensor) -> torch.Tensor:
+        """Output `[S, G, q, Dv]` as the model wants it: `[B, q, query_heads, Dv]`."""
+        rows = output.unflatten(0, (-1, self._kv_heads)).flatten(1, 2)
+        return rows.transpose(1, 2).to(chunk.query.dtype)
 
     def read_back(self, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The first `tokens` tokens in order: entries `[S, tokens, width]`; bool `[S, tokens]`, False for padding."""
@@ -213,14 +227,15 @@ class DynaKVLayer(CacheLayerMixin):
             self.clusters.free(*self.clusters.index.clusters())
             self._start(self.clusters.streams)
             self._seen = remaining
-            if self._take(entries[:, :remaining], present[:, :remaining]):
+            position = torch.where(present[:, :remaining], torch.arange(remaining, device=self.device), -1)
+            if self._intake.take(entries[:, :remaining], position):
                 self._intake.settle()
 
     def reset(self) -> None:
         """Forget all tokens and give their room on flash back."""
         if self.is_initialized:
             self.clusters.free(*self.clusters.index.clusters())
-            del self.clusters, self.dense, self._intake, self.decoder
+            del self.clusters, self.dense, self._intake, self.decoder, self._chunks
         self.is_initialized = False
         self._arrived = None
         self._seen = 0

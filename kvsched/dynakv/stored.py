@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -89,6 +90,16 @@ class StoredClusters:
         position = torch.full((self.streams, at.width), -1, dtype=torch.long, device=form.device)
         position[at.stream, at.column] = self._to_device(places_in_text).long()
         return entries, position
+
+    def parts(self, tokens: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """All clusters, in parts of about `tokens` tokens over all streams: stream, number, int64 `[N]` by stream."""
+        size = self.index.size[:, : self.index.width]
+        part = size.sum(0, dtype=torch.long).cumsum(0) // max(1, tokens)
+        start = 0
+        for count in torch.unique_consecutive(part, return_counts=True)[1].tolist():
+            stream, cluster = size[:, start : start + count].nonzero(as_tuple=True)
+            yield stream, cluster + start
+            start += count
 
     def create(
         self,

@@ -42,14 +42,25 @@ class Recorded:
         self.entries, self.real = torch.cat([self.entries, fresh], 2), torch.cat([self.real, real], 1)
         key, value = self.layer.update(fresh[..., :DIM], fresh[..., DIM:])
         query = torch.randn(rows, 2 * HEADS, new, DIM, generator=self.draw)
-        mask = self.real[:, None, None].expand(-1, 1, new, -1)
-        whole = []
+        seen = self.entries.shape[2]
+        causal = torch.ones(new, seen, dtype=torch.bool).tril(seen - new)
+        mask = (causal & self.real[:, None, :]).unsqueeze(1)
+        first = []
         output, _ = self.layer.attention(
-            lambda *args, **kwargs: (whole.append(args[2:4]), None), None, query, key, value, mask
+            lambda *args, **kwargs: (first.append(args[2:4]), None), None, query, key, value, mask
         )
-        if whole:
-            assert torch.equal(torch.cat(whole[0], -1)[self.real_entries()], self.entries[self.real_entries()])
+        if first:
+            assert torch.equal(torch.cat(first[0], -1), self.entries)
+        elif new > 1:
+            self.expect_exact(query, mask, output)
         return output
+
+    def expect_exact(self, query: torch.Tensor, mask: torch.Tensor, output: torch.Tensor) -> None:
+        keys, values = self.entries.double().repeat_interleave(2, dim=1).split(DIM, dim=-1)
+        score = (query.double() @ keys.mT * DIM**-0.5).masked_fill(~mask, float("-inf"))
+        expected = (score.softmax(-1).nan_to_num() @ values).transpose(1, 2)
+        real = self.real[:, -query.shape[2] :]
+        torch.testing.assert_close(output[real].double(), expected[real], atol=1e-5, rtol=0)
 
     def real_entries(self) -> torch.Tensor:
         return self.real.unsqueeze(1).expand(-1, HEADS, -1)
