@@ -156,6 +156,24 @@ class ClusterIndex:
         stream, cluster = self.clusters()
         table.write(stream, cluster, after[stream, parent[stream, cluster]])
 
+    def drop_empty(self) -> None:
+        """Number the clusters anew, in the same order, without those whose size has become 0."""
+        empty = self.size == 0
+        order = empty.to(torch.uint8).argsort(dim=1, stable=True)
+        self.count = (~empty).sum(1)
+        self.width = int(self.count.max())
+        for name in self._per_cluster:
+            setattr(self, name, getattr(self, name).gather(1, order))
+        for table in self.tables.values():
+            table.permute(order)
+        if "parent" in self._per_cluster:
+            # A chain is named by its first cluster; that one may be gone.
+            parent, number = self.parent.long(), torch.arange(order.shape[1], device=order.device).expand_as(order)
+            first = torch.full_like(parent, order.shape[1]).scatter_reduce_(
+                1, parent, torch.where(self.size > 0, number, order.shape[1]), "amin"
+            )
+            self.parent = torch.where(self.size > 0, first.gather(1, parent), 0).to(self.parent)
+
     def truncate(self, count: torch.Tensor) -> None:
         """Forget all clusters of each stream but the first `count` (int64 `[S]`)."""
         self.size[torch.arange(self.size.shape[1], device=count.device) >= count.unsqueeze(1)] = 0

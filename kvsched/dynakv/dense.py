@@ -98,6 +98,28 @@ class DenseTokens:
         """Drop the newest `tokens`, at most as many as the window holds."""
         self.recent -= tokens
 
+    def rewind(self, end: int) -> int:
+        """Let the window end before position `end`, which lies before its start.
+
+        Of the tokens held those that belong into it move there, and later ones are dropped.
+
+        Returns:
+            The first position of the window; the caller puts tokens back that lie elsewhere.
+        """
+        stream, column = (self.position[:, : self._waiting_end] >= max(0, end - self._window)).nonzero(as_tuple=True)
+        entries, position = self.entries[stream, column], self.position[stream, column]
+        self.position[stream, column] = -1
+        self.position[:, self._waiting_end :] = -1
+        self.recent = min(end, self._window)
+        self.put_back(stream, entries, position, end)
+        return end - self.recent
+
+    def put_back(self, stream: torch.Tensor, entries: torch.Tensor, position: torch.Tensor, end: int) -> None:
+        """Put `entries` `[N, width]` at `position` `[N]` into the window that ends at `end`, but for later ones."""
+        kept = position < end
+        column = self._waiting_end + self.recent - end + position[kept]
+        self.entries[stream[kept], column], self.position[stream[kept], column] = entries[kept], position[kept]
+
     def select(self, streams: torch.Tensor) -> None:
         """Keep `streams` (int64, repeats allowed) in this order."""
         self.entries, self.position = self.entries[streams], self.position[streams]

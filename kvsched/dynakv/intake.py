@@ -64,6 +64,16 @@ class Intake:
         if self.policy.intake == "split":
             self._split_widest()
 
+    def crop(self, end: int) -> None:
+        """Forget all tokens from position `end` on, which lies before the recent window; older ones fill it again."""
+        start = self.dense.rewind(end)
+        for stream, entries, position in self.clusters.take_out(start):
+            self.dense.put_back(stream, entries, position, end)
+        index = self.clusters.index
+        number = torch.arange(index.size.shape[1], device=index.size.device)
+        self._grouped = ((index.size > 0) & (number < self._grouped.unsqueeze(1))).sum(1)
+        index.drop_empty()
+
     def select(self, streams: torch.Tensor) -> None:
         """Keep `streams` (int64, repeats allowed) in this order."""
         self._grouped = self._grouped[streams]
@@ -87,9 +97,12 @@ class Intake:
         self._grouped = index.count.clone()
 
     def _group(self, entries: torch.Tensor, position: torch.Tensor) -> None:
-        """Make clusters of tokens by themselves, as the policy groups them."""
-        keys = self.clusters.form.apart(entries)[0].float()
-        self.clusters.create(entries, position, *self.policy.group(keys, position >= 0))
+        """Make clusters of tokens by themselves, as the policy groups them, in stretches of text of its choice."""
+        whole = position.shape[1]
+        step = -(-whole // -(-whole // (self.policy.together or whole)))
+        for stretch, at in zip(entries.split(step, dim=1), position.split(step, dim=1), strict=True):
+            keys = self.clusters.form.apart(stretch)[0].float()
+            self.clusters.create(stretch, at, *self.policy.group(keys, at >= 0))
 
     def _waiting_clusters(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Stream, column in the waiting region and nearest cluster of each waiting token, where there are clusters."""

@@ -183,21 +183,6 @@ class DynaKVLayer(CacheLayerMixin):
         rows = output.unflatten(0, (-1, self._kv_heads)).flatten(1, 2)
         return rows.transpose(1, 2).to(chunk.query.dtype)
 
-    def read_back(self, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The first `tokens` tokens in order: entries `[S, tokens, width]`; bool `[S, tokens]`, False for padding."""
-        streams = self.clusters.streams
-        entries = torch.zeros(streams, tokens, self._form.width, dtype=self.dtype, device=self.device)
-        present = torch.zeros(streams, tokens, dtype=torch.bool, device=self.device)
-        held = self.dense.position[:, self.dense.used]
-        stream, column = (held >= 0).nonzero(as_tuple=True)
-        entries[stream, held[stream, column]] = self.dense.entries[stream, column]
-        present[stream, held[stream, column]] = True
-        clustered, position = self.clusters.gather(*self.clusters.index.clusters())
-        stream, column = (position >= 0).nonzero(as_tuple=True)
-        entries[stream, position[stream, column]] = clustered[stream, column]
-        present[stream, position[stream, column]] = True
-        return entries, present
-
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length and offset of the keys for which the model makes its mask: all tokens, padding included."""
         return self._seen + query_length, 0
@@ -211,7 +196,7 @@ class DynaKVLayer(CacheLayerMixin):
         return -1
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Remove the newest `-tokens_to_remove` tokens. Beyond the recent window everything is clustered anew."""
+        """Remove the newest `-tokens_to_remove` tokens. Beyond the recent window all clusters are read once."""
         if tokens_to_remove > 0:
             raise ValueError(f"crop({tokens_to_remove}): pass a negative number, the tokens to remove from the end.")
         if tokens_to_remove == 0 or not self.is_initialized:
@@ -221,15 +206,9 @@ class DynaKVLayer(CacheLayerMixin):
             self.reset()
         elif -tokens_to_remove <= self.dense.recent:
             self.dense.crop(-tokens_to_remove)
-            self._seen = remaining
         else:
-            entries, present = self.read_back(self._seen)
-            self.clusters.free(*self.clusters.index.clusters())
-            self._start(self.clusters.streams)
-            self._seen = remaining
-            position = torch.where(present[:, :remaining], torch.arange(remaining, device=self.device), -1)
-            if self._intake.take(entries[:, :remaining], position):
-                self._intake.settle()
+            self._intake.crop(remaining)
+        self._seen = max(0, remaining)
 
     def reset(self) -> None:
         """Forget all tokens and give their room on flash back."""

@@ -31,6 +31,7 @@ class Policy:
             themselves; until then every 16 of them make a group. `split`: each joins the nearest group, and the widest
             groups are split. `chain`: each joins the nearest group, which grows without end.
         segment: a multiple of 16.
+        together: tokens of a prompt that are grouped at a time, at most; `None` for all of them.
         estimated: share of the groups left out, best scores first, that take part by their size and mean value.
         corrects: the estimate is scaled by what it missed in the groups that were fetched.
         dense_layers: first layers whose tokens all take part and stay in DRAM.
@@ -39,6 +40,7 @@ class Policy:
     cluster_size: float = 16
     intake: Literal["own", "split", "chain"] = "own"
     segment: int = 512
+    together: int | None = None
     estimated: float = 0.0
     corrects: bool = False
     dense_layers: int = 0
@@ -101,6 +103,7 @@ class DynaKV(Policy):
 
     cluster_size = 2.75
     intake = "split"
+    together = 4096
     estimated = 1.0
     corrects = True
 

@@ -19,6 +19,9 @@ from .storage import ClusterStorage
 _AT_ONCE = 1024
 """Groups of tokens that are summarised at once, which bounds the memory of copies padded to the largest."""
 
+_TAKEN_AT_ONCE = 4096
+"""Tokens over all streams that are looked at together when some have to go."""
+
 
 @dataclass(frozen=True)
 class EntryForm:
@@ -187,6 +190,50 @@ class StoredClusters:
         each = torch.arange(self.largest, device=stream.device)
         shifted = (self._to_device(order) != each) & (each < size[:, :1])
         self.moved.index_add_(0, stream, shifted.sum(1) + size[:, 1])
+
+    def take_out(self, start: int) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """Remove all tokens from position `start` on. Clusters left empty keep their number until `index.drop_empty`.
+
+        Yields:
+            Stream int64 `[N]`, entries `[N, width]` and position int64 `[N]` of what was removed, part by part.
+        """
+        for stream, cluster in self.parts(_TAKEN_AT_ONCE):
+            size = self.index.size[stream, cluster].long()
+            entries, at = self.storage.gather(to_host(self.index.address[stream, cluster]), to_host(size))
+            entries, position = entries.to(self.form.device, self.form.dtype), self._to_device(at).long()
+            of = torch.arange(len(size), device=size.device).repeat_interleave(size)
+            kept = position < start
+            left = torch.bincount(of[kept], minlength=len(size))
+            touched = left < size
+            if not touched.any():
+                continue
+            yield stream[of[~kept]], entries[~kept], position[~kept]
+            kept &= touched[of]
+            self._rewrite(stream[touched], cluster[touched], left[touched], entries[kept], position[kept])
+
+    def _rewrite(
+        self,
+        stream: torch.Tensor,
+        cluster: torch.Tensor,
+        size: torch.Tensor,
+        entries: torch.Tensor,
+        position: torch.Tensor,
+    ) -> None:
+        """Give clusters the first `size` of their entries `[sum of sizes, width]` in turn, at a new address."""
+        self.free(stream, cluster)
+        self.index.size[stream, cluster] = 0
+        some = size > 0
+        stream, cluster, size = stream[some], cluster[some], size[some]
+        address = self.storage.create(entries, to_host(size), to_host(position), to_host(self._pool(stream)))
+        self.index.address[stream, cluster] = self._to_device(address).to(self.index.address)
+        of = torch.arange(len(size), device=size.device).repeat_interleave(size)
+        padded = torch.zeros(len(size), self.largest, self.form.width, device=size.device)
+        padded[of, ranks(of)] = entries.float()
+        mask = torch.arange(self.largest, device=size.device) < size.unsqueeze(1)
+        _, _, deviation = moments(self.form.apart(padded)[0], torch.where(mask, 0, -1), 1)
+        # The vectors of a chain are those of all its tokens.
+        vectors = {} if self.policy.intake == "chain" else self._summarise(padded, mask)
+        self.index.replace(cluster, Clusters(stream, size, deviation[:, 0], vectors))
 
     def free(self, stream: torch.Tensor, cluster: torch.Tensor) -> None:
         """Give room of clusters back; the caller takes them out of the index."""

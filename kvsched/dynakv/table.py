@@ -82,6 +82,10 @@ class VectorTable:
         for name in ("data", *self._PER_STREAM):
             setattr(self, name, getattr(self, name)[streams])
 
+    def permute(self, order: torch.Tensor) -> None:
+        """Put the clusters of every stream in the order int64 `[S, C]`."""
+        self.data = self.data.gather(1, order.unsqueeze(-1).expand_as(self.data))
+
     def _encode(self, vectors: torch.Tensor, offset: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
         codes = ((vectors - offset) / step).round_().clamp_(0, 2**self.bits - 1)
         return pack(codes.to(torch.uint8), self.bits)
