@@ -103,7 +103,7 @@ class DynaKV(Policy):
 
     cluster_size = 2.75
     intake = "split"
-    together = 4096
+    together = 2048
     estimated = 1.0
     corrects = True
 
