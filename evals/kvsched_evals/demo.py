@@ -12,6 +12,7 @@ import itertools
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Annotated, Any
@@ -28,7 +29,7 @@ from kvsched.sparkv.cost import DeviceProfile
 from kvsched.sparkv.grid import Grid
 from kvsched.sparkv.serve import running
 
-from .link import shaped_link
+from .link import apart, shaped_link
 from .machine import keep
 
 # A chapter of the Python language reference that comes with every Python: about 3,200 tokens.
@@ -101,7 +102,8 @@ def first_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, mbit
         computing = float(DeviceProfile.of(model, CHUNK_TOKENS).compute_seconds(grid)[:, -1].sum())
         mbit = mbit or published.bytes_written * 8e-6 / computing
         rows: dict[str, dict[str, Any]] = {}
-        with running(folder) as server, shaped_link(server, mbit=mbit, rtt_ms=RTT_MS) as store:
+        link = partial(shaped_link, mbit=mbit, rtt_ms=RTT_MS)
+        with apart(partial(running, folder)) as server, apart(partial(link, server)) as store:
             for planner in ("local", "stream", "optimal"):
                 options = {"store": store, "chunk_tokens": CHUNK_TOKENS, "planner": planner}
                 tokens, clock, cache = answer(

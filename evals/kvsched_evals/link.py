@@ -9,9 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import multiprocessing
 import socket
 import threading
 import urllib.parse
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from multiprocessing.connection import Connection
 from types import TracebackType
 
 from kvsched.errors import ConfigError
@@ -169,3 +173,41 @@ class shaped_link:  # lower case because it is read as a verb: `with shaped_link
                 self.bytes_down += len(data)
             writer.write(data)
             await writer.drain()
+
+
+@contextlib.contextmanager
+def apart(enter: Callable[[], AbstractContextManager[str]]) -> Iterator[str]:
+    """Run a server or a link in a process of its own, as it would on another machine: yields its URL.
+
+    In the client's process its threads would contend with the client's for the interpreter: fast links would be slow.
+
+    Args:
+        enter: makes the context manager whose value is the URL; has to be picklable.
+
+    Raises:
+        ConfigError, StoreError: as `enter` does in its process.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__, "kvsched.sparkv.serve"])
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_hold, args=(enter, theirs), name="kvsched-apart", daemon=True)
+    process.start()
+    theirs.close()
+    try:
+        answer = ours.recv()
+        if isinstance(answer, Exception):
+            raise answer
+        yield answer
+    finally:
+        ours.close()  # the other side ends when it can no longer be heard
+        process.join()
+
+
+def _hold(enter: Callable[[], AbstractContextManager[str]], client: Connection) -> None:
+    try:
+        with enter() as url:
+            client.send(url)
+            with contextlib.suppress(EOFError):
+                client.recv()
+    except Exception as error:
+        client.send(error)

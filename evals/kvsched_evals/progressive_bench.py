@@ -11,6 +11,7 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,7 +27,7 @@ from kvsched.sparkv.cost import DeviceProfile
 from kvsched.sparkv.serve import running
 
 from .codec_bench import texts
-from .link import shaped_link
+from .link import apart, shaped_link
 from .machine import keep
 
 CODECS = ("balanced", "small", "progressive")
@@ -117,7 +118,7 @@ def main(
     model, tokenizer = kvsched.load_model()
     runs: dict[str, list[dict[str, Any]]] = {f"{mbit}/{codec}": [] for mbit in mbits.split(",") for codec in CODECS}
     DeviceProfile.of(model, CHUNK_TOKENS)
-    with tempfile.TemporaryDirectory() as folder, running(folder) as server:
+    with tempfile.TemporaryDirectory() as folder, apart(partial(running, folder)) as server:
         for text, content in tqdm(texts().items(), desc="progressive", unit="text"):
             ids = tokenizer(content, return_tensors="pt").input_ids[:, : context + QUERY_TOKENS]
             following, expected = continuation(model, ids, tokens)
@@ -126,7 +127,7 @@ def main(
                 kvsched.publish(model, ids[:, :context], folder, SparKVConfig.from_dict(options[codec]))
             for name, done in runs.items():
                 mbit, codec = name.split("/")
-                with shaped_link(server, mbit=float(mbit), rtt_ms=RTT_MS) as url:
+                with apart(partial(shaped_link, server, mbit=float(mbit), rtt_ms=RTT_MS)) as url:
                     asked = {**options[codec], "store": url, "planner": "stream", "stall_timeout": 60.0}
                     done.append({"text": text, **follow(model, ids, asked, following, expected)})
     results = {name: summary(done) for name, done in runs.items()}

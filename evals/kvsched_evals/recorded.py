@@ -45,11 +45,19 @@ class Recording:
 
     def mean(self, begin: float, end: float) -> float:
         """Mean rate from second `begin` to second `end` of the log; its first and last rate hold outside."""
+        return float((self._sent(np.array(end)) - self._sent(np.array(begin))) / (end - begin))
+
+    def _sent(self, second: np.ndarray) -> np.ndarray:
+        """Megabits that pass from the log's first second to each of `second`, of any shape; negative before."""
+        return np.interp(second, *self._passed())
+
+    def _passed(self) -> tuple[np.ndarray, np.ndarray]:
+        """Seconds at which the rate changes, and megabits that have passed by then."""
         times = np.concatenate([[-1e6], self.seconds.cumsum()[:-1], [1e6]])
         times = np.insert(times, 1, 0.0)
         rates = np.concatenate([self.mbit[:1], self.mbit])
         sent = np.concatenate([[0.0], (np.diff(times) * rates).cumsum()])
-        return float((np.interp(end, times, sent) - np.interp(begin, times, sent)) / (end - begin))
+        return times, sent - sent[1]
 
     def known(self, step: int) -> float:
         """The rate that is known of the link when a load begins at `step`: its mean over the last seconds before."""
@@ -83,6 +91,27 @@ class Recording:
             if share <= (best[1] if best else DROP):
                 best = step, share
         return best
+
+    def possible_gain(self, step: int, compute_seconds: np.ndarray, megabits: float) -> float:
+        """Time of a load from `step` on whose plan is kept, over that of one that knows the log: no plan gains more.
+
+        The plan that is kept was made with the known rate. Neither path hinders the other, and a load is over when the
+        chunks computed from the front meet those streamed from the back.
+
+        Args:
+            compute_seconds: `[chunks]`, to compute each chunk.
+            megabits: to stream them all.
+        """
+        begin, known = self.seconds[:step].sum(), self.known(step)
+        seconds = np.linspace(0.0, float(compute_seconds.sum()), 10_000)
+        streamed = self._sent(begin + seconds) - self._sent(begin)
+        done = np.concatenate([[0.0], compute_seconds.cumsum()])
+        computed = np.interp(seconds, done, np.linspace(0.0, megabits, len(done)))
+        planned = int(np.argmax(computed + known * seconds >= megabits))
+        times, sent = self._passed()
+        arrived = np.interp(self._sent(begin) + megabits - computed[planned], sent, times) - begin
+        kept = max(seconds[planned], float(arrived))
+        return float(kept / seconds[np.argmax(computed + streamed >= megabits)])
 
     @contextlib.contextmanager
     def replayed(self, step: int, target: str, rtt_ms: float) -> Iterator[str]:

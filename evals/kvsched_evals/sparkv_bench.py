@@ -18,11 +18,13 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Annotated, Any
 from unittest import mock
 
+import numpy as np
 import torch
 import typer
 from tqdm.auto import tqdm
@@ -40,7 +42,7 @@ from kvsched.sparkv.grid import Grid
 from kvsched.sparkv.serve import running
 
 from .demo import TokenClock
-from .link import shaped_link
+from .link import apart, shaped_link
 from .machine import keep
 from .recorded import Recording
 from .rounds import Rounds
@@ -95,6 +97,7 @@ class Bench:
         self.rows: dict[str, list[dict[str, Any]]] = kept.get("rows", {})
         self.timelines: dict[str, dict[str, Any]] = kept.get("timelines", {})
         self.wire: dict[str, dict[str, int]] = kept.get("wire", {})
+        self.possible: dict[str, float] = kept.get("possible", {})  # of recorded links: what no plan gains more than
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -116,7 +119,7 @@ class Bench:
             for codec in sorted({case.planned(self.codec)[1] for case in order if case.planner != "local"}):
                 config = {"codec": codec, "chunk_tokens": CHUNK_TOKENS}
                 kvsched.publish(self.model, self.ids[:, :longest], store=folder, config=config)
-            with running(folder) as server:
+            with apart(partial(running, folder)) as server:
                 for case in tqdm(order, desc="sparkv", unit="request"):
                     done = self.rows.setdefault(case.key, [])
                     seen[case] += 1
@@ -156,16 +159,16 @@ class Bench:
         """The document's first tokens `[1, context]`, and a question: nothing published continues like it."""
         return torch.cat([self.ids[:, :context], self.ids[:, :QUERY_TOKENS].flip(1)], dim=1)
 
-    def _compute_seconds(self, context: int) -> float:
-        """Seconds that a context takes to compute, by the device's profile."""
+    def _compute_seconds(self, context: int) -> np.ndarray:
+        """Seconds that each chunk of a context takes to compute, by the device's profile: `[chunks]`."""
         grid = Grid(context // CHUNK_TOKENS, CHUNK_TOKENS, self.model.config.num_hidden_layers)
-        return float(DeviceProfile.of(self.model, CHUNK_TOKENS).compute_seconds(grid)[:, -1].sum())
+        return DeviceProfile.of(self.model, CHUNK_TOKENS).compute_seconds(grid)[:, -1]
 
     def _link(self, case: Case, server: str) -> AbstractContextManager[str]:
         if case.falls_to is None:
-            return shaped_link(server, mbit=float(case.link), rtt_ms=case.rtt_ms)
+            return apart(partial(shaped_link, server, mbit=float(case.link), rtt_ms=case.rtt_ms))
         recording, step = self._recording(case)
-        return recording.replayed(step, server, case.rtt_ms)
+        return apart(partial(recording.replayed, step, server, case.rtt_ms))
 
     def _recording(self, case: Case) -> tuple[Recording, int]:
         assert self.logs is not None
@@ -206,11 +209,13 @@ class Bench:
         with tempfile.TemporaryDirectory() as folder:  # a dry run computes one chunk, to know its size
             config = {"codec": self.codec, "chunk_tokens": CHUNK_TOKENS}
             size = kvsched.publish(self.model, self.ids[:, :context], folder, config, dry_run=True).bytes_written
+        compute, megabits = self._compute_seconds(context), size * 8e-6
         known: dict[Case, float] = {}
         for log in sorted(self.logs.glob("*.json")):
             recording = Recording.read(log)
-            if found := recording.before_drop(self._compute_seconds(context), size * 8e-6):
+            if found := recording.before_drop(float(compute.sum()), megabits):
                 link, falls_to = f"{log.stem}@{found[0]}", round(found[1], 3)
+                self.possible[link] = recording.possible_gain(found[0], compute, megabits)
                 for replan in (True, False):
                     case = Case(context, link, RECORDED_RTT_MS, "optimal", replan, falls_to)
                     known[case] = recording.known(found[0])
@@ -236,6 +241,7 @@ class Bench:
             "verdicts": self.verdicts(),
             "cases": summary(self.rows),
             "wire": self.wire,
+            "possible": self.possible,
             "timelines": self.timelines,
             "rows": self.rows,
         }
@@ -244,6 +250,8 @@ class Bench:
     def verdicts(self) -> dict[str, Any]:
         """What the results so far say about the targets."""
         found = verdicts(self.rows)
+        if "S5" in found and self.possible:
+            found["S5"]["possible_median"] = statistics.median(self.possible.values())
         if self.wire:
             trips = {name: counted["round_trips"] for name, counted in self.wire.items()}
             found["S9"] = {**self.wire, "met": trips["hit"] <= 2 and trips["miss"] <= 1}

@@ -10,11 +10,12 @@ import time
 import urllib.parse
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 
 from kvsched.errors import ConfigError
-from kvsched_evals.link import shaped_link
+from kvsched_evals.link import apart, shaped_link
 
 
 class Source:
@@ -221,3 +222,17 @@ def test_the_end_is_clean_in_the_middle_of_a_transfer(source: Source, caplog: py
 def test_what_cannot_be_a_link_is_refused(target: str, numbers: dict[str, float]) -> None:
     with pytest.raises(ConfigError):
         shaped_link(target, **numbers)
+
+
+def test_a_link_in_a_process_of_its_own_serves_and_is_gone_afterwards(source: Source) -> None:
+    with apart(partial(shaped_link, source.url, mbit=100)) as url:
+        assert urllib.parse.urlsplit(url).path == "/base"
+        with connect(url) as client:
+            fetch(client, 1000)
+    with pytest.raises(ConnectionRefusedError):
+        connect(url)
+
+
+def test_what_a_process_of_its_own_refuses_is_raised_here() -> None:
+    with pytest.raises(ConfigError, match="mbit=-1"), apart(partial(shaped_link, "http://127.0.0.1:1", mbit=-1)):
+        pass

@@ -67,3 +67,13 @@ def test_a_replayed_link_follows_the_log_and_keeps_its_last_rate(tmp_path: Path)
         with urllib.request.urlopen(f"{url}/file", timeout=30) as response:
             assert len(response.read()) == 100_000
         assert 0.35 < time.monotonic() - begin < 0.9
+
+
+def test_no_plan_gains_more_than_one_that_knows_the_log() -> None:
+    chunks = np.full(4, 8.0)  # 32 s to compute, 480 megabits to stream
+    steady = recording(*[15.0] * 90)
+    assert steady.possible_gain(0, chunks, 480.0) == pytest.approx(1.0, abs=0.01)
+    # The plan for 15 Mbit/s computes half and streams half in 16 s. The link stops after 8 s with 120 megabits owed,
+    # which take another 8 s to compute, or wait for it to come back after 40 s.
+    stops = recording(*[15.0] * 48, *[0.0] * 40, *[15.0] * 90)
+    assert stops.possible_gain(40, chunks, 480.0) == pytest.approx(56 / 24, rel=0.01)

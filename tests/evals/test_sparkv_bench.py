@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import typer
@@ -133,9 +134,10 @@ def test_recorded_cases_come_in_pairs_where_a_log_has_a_drop(
         (tmp_path / f"{name}.json").write_text(json.dumps(steps))
     ids = torch.randint(1, 256, (1, 128), generator=torch.Generator().manual_seed(0))
     run = bench.Bench(tiny_model("qwen2"), ids, "balanced", tmp_path, tmp_path / "out.json")
-    monkeypatch.setattr(run, "_compute_seconds", lambda context: 16.0)
+    monkeypatch.setattr(run, "_compute_seconds", lambda context: np.full(4, 4.0))
     monkeypatch.setattr(bench.kvsched, "publish", lambda *_, **__: type("Report", (), {"bytes_written": 16_000_000}))
     first, second = run.recorded(128)
     assert (first.replan, second.replan) == (True, False) and first.link == second.link
     assert first.link.startswith("falls@") and 50 <= int(first.link.split("@")[1]) < 60
     assert first.falls_to == 0.125
+    assert list(run.possible) == [first.link] and run.possible[first.link] > 1.5
