@@ -210,17 +210,17 @@ def test_simple_evaluate_takes_it_by_name(folder: Path, task: Path, monkeypatch,
 
 
 def test_accelerate_shares_the_questions_out(folder: Path, task: Path) -> None:
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=2", "--num_machines=1"]
-    command += [
-        "--mixed_precision=no",
-        "--dynamo_backend=no",
-        "--main_process_port=0",
-        "-m",
-        "kvsched.adapters.lm_eval",
-    ]
+    # On GPUs `accelerate launch` starts its processes by torchrun as well; on a CPU it would start a single one.
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += ["-m", "kvsched.adapters.lm_eval"]
     command += ["--model=kvsched", f"--model_args=pretrained={folder},cache=dynakv,budget=99", "--tasks=sums"]
     command += [f"--include_path={task}", f"--output_path={task / 'out'}", "--log_samples", "--device=cpu"]
-    environment = {**os.environ, "HF_DATASETS_CACHE": str(task / "cache"), "OMP_NUM_THREADS": "1"}
+    environment = {
+        **os.environ,
+        "HF_DATASETS_CACHE": str(task / "cache"),
+        "OMP_NUM_THREADS": "1",
+        "ACCELERATE_USE_CPU": "true",
+    }
     ran = subprocess.run(command, cwd=task, env=environment, capture_output=True, text=True, timeout=600)
     assert ran.returncode == 0, ran.stderr[-4000:]
     assert all(f"for sums on rank {rank}" in ran.stderr for rank in (0, 1))
