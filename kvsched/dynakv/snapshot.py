@@ -9,24 +9,26 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import torch
 from safetensors import SafetensorError
-from safetensors.numpy import load as load_tables
-from safetensors.numpy import save as save_tables
+from safetensors.torch import load as load_tables
+from safetensors.torch import save as save_tables
 
 from ..errors import FlashError
 
-VERSION = 1
+VERSION = 2
 FORMAT = "kvsched clusters"
 MANIFEST = "clusters.json"
+_NAME = re.compile(r"clusters-[0-9a-f]{16}\.(bin|safetensors)")
 
 
-def save(folder: Path, parts: Iterable[bytes], tables: dict[str, np.ndarray], form: dict[str, Any]) -> None:
+def save(folder: Path, parts: Iterable[bytes], tables: dict[str, torch.Tensor], form: dict[str, Any]) -> None:
     """Keep `parts` (the entries), `tables` and `form` (plain values) in `folder`, which is made if need be.
 
     Raises:
@@ -85,28 +87,39 @@ class Saved:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
+        self.folder = folder
         try:
             manifest = json.loads((folder / MANIFEST).read_bytes())
             if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-                raise self._refused("its manifest is of something else")
+                raise self.refused("its manifest is of something else")
             if manifest["version"] != VERSION:
-                raise self._refused(f"it is of version {manifest['version']}, this is {VERSION}")
+                raise self.refused(f"it is of version {manifest['version']}, this is {VERSION}")
             if manifest.pop("sum") != _sum(manifest):
-                raise self._refused("its manifest was altered")
+                raise self.refused("its manifest was altered")
+            if not all(_NAME.fullmatch(manifest[name]) for name in ("entries", "tables")):
+                raise self.refused("its manifest names files of something else")
             packed = (folder / manifest["tables"]).read_bytes()
             if zlib.crc32(packed) != manifest["tables_sum"]:
-                raise self._refused("its tables were altered")
+                raise self.refused("its tables were altered")
             self.form, self.tables = manifest["form"], load_tables(packed)
             self._entries, self._parts = folder / manifest["entries"], manifest["parts"]
             if self._entries.stat().st_size != sum(size for size, _ in self._parts):
-                raise self._refused("its entries were cut or added to")
+                raise self.refused("its entries were cut or added to")
         except FlashError:
             raise
         except OSError as error:
-            raise self._refused(error.strerror or str(error)) from error
+            raise self.refused(error.strerror or str(error)) from error
         except (ValueError, KeyError, TypeError, SafetensorError) as error:
-            raise self._refused("its manifest or tables cannot be read") from error
+            raise self.refused("its manifest or tables cannot be read") from error
+
+    def table(self, name: str, dtype: torch.dtype, *shape: int) -> torch.Tensor:
+        """One of the tables, which has to be of this form; -1 stands for any length."""
+        found = self.tables.get(name)
+        if found is None or found.dtype != dtype or len(found.shape) != len(shape):
+            raise self.refused(f"its table {name} is missing or of another form")
+        if any(wanted not in (-1, length) for wanted, length in zip(shape, found.shape, strict=True)):
+            raise self.refused(f"its table {name} has the shape {list(found.shape)}")
+        return found
 
     def parts(self) -> Iterator[bytes]:
         """The parts in turn, each checked before it is handed out."""
@@ -115,15 +128,16 @@ class Saved:
                 for size, expected in self._parts:
                     part = file.read(size)
                     if len(part) != size or zlib.crc32(part) != expected:
-                        raise self._refused("its entries were altered")
+                        raise self.refused("its entries were altered")
                     yield part
         except OSError as error:
             if isinstance(error, FlashError):
                 raise
-            raise self._refused(error.strerror or str(error)) from error
+            raise self.refused(error.strerror or str(error)) from error
 
-    def _refused(self, reason: str) -> FlashError:
-        return FlashError(f"no clusters can be taken from {self._folder}: {reason}. Save them again.")
+    def refused(self, reason: str) -> FlashError:
+        """The error for what is wrong with it."""
+        return FlashError(f"no clusters can be taken from {self.folder}: {reason}. Save them again.")
 
 
 def _sum(manifest: dict[str, Any]) -> int:

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -311,50 +312,50 @@ class ClusterStorage:
             yield slice(start, min(start + part, count))
             start += part
 
-    def save(self, folder: Path) -> None:
+    def save(
+        self, folder: Path, tables: Mapping[str, torch.Tensor] | None = None, form: Mapping[str, Any] | None = None
+    ) -> None:
         """Keep all clusters in `folder`; what it kept before is replaced when everything is written.
+
+        Args:
+            tables, form: kept with them, as `snapshot.save` does.
 
         Raises:
             FlashError: reading them or writing there failed.
         """
         addresses, sizes, group = self.pools.clusters()
-        tables = {"address": addresses, "size": sizes, "group": group}
-        form = {"width": self._width, "dtype": str(self.dtype).removeprefix("torch."), "largest": self._largest}
-        save(folder, (self._packed(addresses[part], sizes[part]) for part in self._saved_parts(sizes)), tables, form)
+        own = {"address": addresses, "size": sizes, "group": group}
+        described = {"width": self._width, "dtype": str(self.dtype).removeprefix("torch."), "largest": self._largest}
+        save(
+            folder,
+            (self._packed(addresses[part], sizes[part]) for part in self._saved_parts(sizes)),
+            {**(tables or {}), **{name: torch.from_numpy(table) for name, table in own.items()}},
+            {**(form or {}), **described},
+        )
 
-    @classmethod
-    def load(cls, folder: Path, config: DynaKVConfig) -> tuple[ClusterStorage, np.ndarray]:
-        """A storage with the clusters that `save` kept.
+    def load(self, saved: Saved) -> np.ndarray:
+        """Take in the clusters that `save` kept; the storage must be new.
 
         Returns:
-            It, and their addresses: int64, new by old (-1 for what named no cluster).
+            Their addresses: int64, new by old (-1 for what named no cluster).
 
         Raises:
-            ConfigError: `config` has clusters of another size, or too little DRAM.
-            FlashError: the folder holds no complete, unaltered save.
+            ConfigError: clusters are of another size here, or there is too little DRAM.
+            FlashError: the entries are not what was saved.
         """
-        saved = Saved(folder)
-        form, tables = saved.form, saved.tables
-        if form["largest"] != config.max_cluster_size:
+        form = saved.form
+        if form["largest"] != self._largest:
             raise ConfigError(
-                f"max_cluster_size={config.max_cluster_size}: the clusters in {folder} were made with "
-                f"{form['largest']}. Load them with that."
+                f"max_cluster_size={self._largest}: the clusters in {saved.folder} were made with {form['largest']}. "
+                "Load them with that."
             )
-        storage = cls(config)
-        try:
-            storage.open(form["width"], getattr(torch, form["dtype"]))
-            sizes, group, old = tables["size"], tables["group"], tables["address"]
-            addresses = np.full(int(old.max(initial=-1)) + 1, -1, dtype=np.int64)
-            for part, packed in zip(storage._saved_parts(sizes), saved.parts(), strict=True):
-                rows = np.frombuffer(packed, dtype=storage.arena.data.dtype)
-                entries, position = storage.arena.apart(rows)
-                addresses[old[part]] = storage.create(
-                    storage._to_tensor(entries.copy()), sizes[part], position, group[part]
-                )
-        except BaseException:
-            storage.close()
-            raise
-        return storage, addresses
+        self.open(form["width"], getattr(torch, form["dtype"]))
+        old, sizes, group = (saved.table(name, torch.int64, -1).numpy() for name in ("address", "size", "group"))
+        addresses = np.full(int(old.max(initial=-1)) + 1, -1, dtype=np.int64)
+        for part, packed in zip(self._saved_parts(sizes), saved.parts(), strict=True):
+            entries, position = self.arena.apart(np.frombuffer(packed, dtype=self.arena.data.dtype))
+            addresses[old[part]] = self.create(self._to_tensor(entries.copy()), sizes[part], position, group[part])
+        return addresses
 
     def close(self) -> None:
         """Give file and threads back; the storage cannot be used afterwards."""

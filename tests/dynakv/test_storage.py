@@ -21,7 +21,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from kvsched import DynaKVConfig
 from kvsched.dynakv.pools import keep_order
-from kvsched.dynakv.snapshot import save
+from kvsched.dynakv.snapshot import Saved, save
 from kvsched.dynakv.storage import ClusterStorage
 from kvsched.errors import ConfigError, FlashError, UnsupportedModelError
 
@@ -306,7 +306,8 @@ def saved_and_loaded(record: Recorded, folder: Path, **options: Any) -> ClusterS
     """Save, and load into another storage that takes the place of the record's."""
     record.storage.save(folder)
     config = DynaKVConfig(cluster_size=4, max_cluster_size=LARGEST, dram=128 << 10, io_threads=2, **options)
-    storage, addresses = ClusterStorage.load(folder, config)
+    storage = ClusterStorage(config)
+    addresses = storage.load(Saved(folder))
     record.held = {int(addresses[old]): held for old, held in record.held.items()}
     record.storage.close()
     record.storage = storage
@@ -341,7 +342,8 @@ def test_a_save_that_fails_at_any_call_leaves_the_one_before(recorded, tmp_path,
             record.storage.save(tmp_path)
         monkeypatch.setattr(os, name, originals[name])
         config = DynaKVConfig(cluster_size=4, max_cluster_size=LARGEST, dram=64 << 10, io_threads=2)
-        storage, _ = ClusterStorage.load(tmp_path, config)
+        storage = ClusterStorage(config)
+        storage.load(Saved(tmp_path))
         assert storage.pools.used == before
         storage.close()
 
@@ -376,8 +378,10 @@ def test_what_was_harmed_is_refused(recorded, tmp_path, name, harm):
         path.write_bytes({"altered": altered, "cut": content[:half], "foreign": b'{"format": "other"}'}[harm])
     threads = threading.active_count()
     config = DynaKVConfig(cluster_size=4, max_cluster_size=LARGEST, dram=64 << 10, io_threads=2)
+    storage = ClusterStorage(config)
     with pytest.raises(FlashError, match=rf"no clusters can be taken from {tmp_path}: .*\. Save them again"):
-        ClusterStorage.load(tmp_path, config)
+        storage.load(Saved(tmp_path))
+    storage.close()
     assert threading.active_count() == threads
 
 
@@ -385,12 +389,14 @@ def test_versions_and_options_that_do_not_fit(recorded, tmp_path):
     record = recorded(40, torch.float16, 64 << 10)
     record.create([3] * 100)
     record.storage.save(tmp_path)
+    other = ClusterStorage(DynaKVConfig(cluster_size=4, max_cluster_size=16))
     with pytest.raises(ConfigError, match=r"were made with 8\. Load them with that"):
-        ClusterStorage.load(tmp_path, DynaKVConfig(cluster_size=4, max_cluster_size=16))
+        other.load(Saved(tmp_path))
+    other.close()
     manifest = json.loads((tmp_path / "clusters.json").read_text())
     (tmp_path / "clusters.json").write_text(json.dumps({**manifest, "version": 9}))
-    with pytest.raises(FlashError, match="it is of version 9, this is 1"):
-        ClusterStorage.load(tmp_path, DynaKVConfig(cluster_size=4, max_cluster_size=LARGEST))
+    with pytest.raises(FlashError, match="it is of version 9, this is 2"):
+        Saved(tmp_path)
 
 
 class Faulty:
