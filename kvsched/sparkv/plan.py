@@ -259,48 +259,6 @@ def lower_bound(compute: np.ndarray, stream: np.ndarray) -> float:
     return bound
 
 
-def by_chunk(depths: np.ndarray, layers: int) -> np.ndarray:
-    """Pieces to stream `[n, 2]` (chunk, layer), last chunk first and in it the last layer: away from the compute side.
-
-    The order to stream in while the plan may still change: both sides meet wherever it moves to.
-    """
-    return np.array(
-        [(t, layer) for t in reversed(range(len(depths))) for layer in range(layers - 1, depths[t] - 1, -1)]
-    )
-
-
-def by_layer(depths: np.ndarray, layers: int) -> np.ndarray:
-    """Pieces to stream `[n, 2]` (chunk, layer), lowest layer first, in every layer the last chunk first.
-
-    No order lets the query pass end earlier (`completion`): the lower a layer, the more of that pass comes after it, so
-    this is earliest due date first, which minimises the largest lateness (Jackson's rule).
-    """
-    return np.array([(t, layer) for layer in range(layers) for t in reversed(range(len(depths))) if layer >= depths[t]])
-
-
-def completion(
-    compute: np.ndarray, stream: np.ndarray, depths: np.ndarray, order: np.ndarray, query: np.ndarray
-) -> float:
-    """Seconds until the query pass, which computes what follows the prefix, has run through every layer.
-
-    The pass is the mandatory last row of the grid: it starts when the prefix is computed, needs layer l of the whole
-    context for its own layer l, and so runs while upper layers still arrive.
-
-    Args:
-        order: `[n, 2]`, every piece (chunk, layer) that `depths` leaves to streaming, in the order of streaming.
-        query: `[layers]`, seconds of the pass in each layer.
-    """
-    ready = np.full(len(query), float(totals(compute, stream, depths)[0]))
-    arrived = 0.0
-    for chunk, layer in order.reshape(-1, 2):
-        arrived += stream[chunk, layer] - stream[chunk, layer + 1]
-        ready[layer] = max(ready[layer], arrived)
-    end = 0.0
-    for start, seconds in zip(ready, query, strict=True):
-        end = max(end, start) + seconds
-    return float(end)
-
-
 PLANNERS: dict[str, Planner] = {
     "optimal": optimal,
     "greedy": greedy,

@@ -1,8 +1,6 @@
 from __future__ import annotations
 
-import heapq
 import itertools
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -212,72 +210,3 @@ def test_extreme_objectives_are_the_single_paths() -> None:
     compute, stream = tables(1, 6, 5)
     assert plan.optimal(compute, stream, Objective(1, 0, 0)).tolist() == [0] * 6
     assert plan.optimal(compute, stream, Objective(0, 1, 0)).tolist() == [5] * 6
-
-
-def simulate(
-    compute: np.ndarray, stream: np.ndarray, depths: np.ndarray, order: np.ndarray, query: np.ndarray
-) -> float:
-    """When the query pass ends, event by event: a processor and a link that each do one thing at a time."""
-    chunks, layers = len(depths), len(query)
-    missing = {(t, layer) for t in range(chunks) for layer in range(layers)}
-
-    def work() -> Iterator[tuple[str, float, list[tuple[int, int]]]]:
-        for t in range(chunks):
-            yield "compute", compute[t, depths[t]], [(t, layer) for layer in range(depths[t])]
-        for layer, seconds in enumerate(query):
-            while any(piece[1] == layer for piece in missing):
-                yield "wait", 0.0, []
-            yield "compute", seconds, []
-
-    def link() -> Iterator[tuple[str, float, list[tuple[int, int]]]]:
-        for t, layer in order.tolist():
-            yield "stream", stream[t, layer] - stream[t, layer + 1], [(t, layer)]
-
-    events: list[tuple[float, int, list[tuple[int, int]]]] = []
-    actors, idle, now, end = [work(), link()], {0, 1}, 0.0, 0.0
-    while True:
-        for actor in sorted(idle):
-            kind, seconds, delivered = next(actors[actor], ("done", 0.0, []))
-            if kind in ("compute", "stream"):
-                heapq.heappush(events, (now + seconds, actor, delivered))
-                idle.remove(actor)
-        if not events:
-            return end
-        now, actor, delivered = heapq.heappop(events)
-        missing.difference_update(delivered)
-        end = now if actor == 0 else end
-        idle.add(actor)
-
-
-@settings(max_examples=60, deadline=None)
-@given(seeds, few, few, st.sampled_from([plan.by_chunk, plan.by_layer]))
-def test_completion_is_what_a_simulation_of_both_paths_gives(seed: int, chunks: int, layers: int, order) -> None:
-    compute, stream = tables(seed, chunks, layers)
-    rng = np.random.default_rng(seed)
-    depths, query = np.sort(rng.integers(0, layers + 1, chunks))[::-1], rng.random(layers)
-    pieces = order(depths, layers)
-    assert sorted(map(tuple, pieces.tolist())) == [(t, k) for t in range(chunks) for k in range(depths[t], layers)]
-    expected = simulate(compute, stream, depths, pieces, query)
-    assert plan.completion(compute, stream, depths, pieces, query) == pytest.approx(expected)
-
-
-@settings(max_examples=40, deadline=None)
-@given(seeds, st.integers(1, 3), st.integers(1, 2))
-def test_no_order_of_streaming_beats_layer_by_layer(seed: int, chunks: int, layers: int) -> None:
-    compute, stream = tables(seed, chunks, layers)
-    rng = np.random.default_rng(seed)
-    depths, query = np.sort(rng.integers(0, layers + 1, chunks))[::-1], rng.random(layers) * 3
-    pieces = plan.by_layer(depths, layers)
-    ends = [
-        plan.completion(compute, stream, depths, np.array(order, dtype=int), query)
-        for order in itertools.permutations(pieces.tolist())
-    ]
-    assert plan.completion(compute, stream, depths, pieces, query) <= min(ends) + 1e-9
-
-
-def test_the_query_pass_starts_while_upper_layers_arrive() -> None:
-    compute, stream = np.array([[0.0, 1.0, 2.0]]), np.array([[4.0, 2.0, 0.0]])
-    depths, query = np.array([0]), np.array([1.5, 1.5])
-    assert plan.completion(compute, stream, depths, plan.by_layer(depths, 2), query) == 5.5
-    assert plan.completion(compute, stream, depths, plan.by_chunk(depths, 2), query) == 7.0
-    assert plan.completion(compute, stream, np.array([2]), plan.by_layer(np.array([2]), 2), query) == 5.0
