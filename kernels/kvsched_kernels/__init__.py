@@ -4,25 +4,40 @@ Throughout, `S` counts streams: batch rows x KV heads. Every operation runs over
 """
 
 from .attention import Part, cap_scores, decode_attention, merge_parts, softmax_weights
-from .codes import dot, mix, pack, unpack
-from .kmeans import divide, kmeans, members, moments, nearest, two_means
-from .select import choose_clusters
+from .cluster_attention import Estimate, Pool, Runs, cluster_attention
+from .codec import Waves, dequantize, quantize, rotate
+from .codes import Vectors, dot, mix, pack, unpack
+from .kmeans import Moments, divide, kmeans, lloyd_step, members, moments, nearest, two_means, update
+from .select import choose_clusters, cluster_worth
 
 __all__ = [
+    "Estimate",
+    "Moments",
     "Part",
+    "Pool",
+    "Runs",
+    "Vectors",
+    "Waves",
     "cap_scores",
     "choose_clusters",
+    "cluster_attention",
+    "cluster_worth",
     "decode_attention",
+    "dequantize",
     "divide",
     "dot",
     "kmeans",
+    "lloyd_step",
     "members",
     "merge_parts",
     "mix",
     "moments",
     "nearest",
     "pack",
+    "quantize",
+    "rotate",
     "softmax_weights",
     "two_means",
     "unpack",
+    "update",
 ]

@@ -2,7 +2,44 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
+
+
+@dataclass(frozen=True)
+class Vectors:
+    """C vectors of every stream, as plain numbers or as codes of a few bits.
+
+    Args:
+        data: floating `[S, C, D]`, or uint8 `[S, C, ceil(D * bits / 8)]` in the form of `pack`.
+        bits: of a code: 2, 4 or 8; 16 or more for plain numbers.
+        step, offset: float32 `[S, 1, D]`: a number is `code * step + offset`.
+    """
+
+    data: torch.Tensor
+    bits: int = 16
+    step: torch.Tensor | None = None
+    offset: torch.Tensor | None = None
+
+    def read(self, dim: int) -> torch.Tensor:
+        """All vectors: float32 (float64 if that is what they are) `[S, C, dim]`."""
+        if self.step is None or self.offset is None:
+            return self.data if self.data.dtype == torch.float64 else self.data.float()
+        return unpack(self.data, self.bits, dim).float() * self.step + self.offset
+
+    def dot(self, query: torch.Tensor) -> torch.Tensor:
+        """Products with `query` `[S, G, D]`: float32 `[S, G, C]`."""
+        query = query.float()
+        if self.step is None or self.offset is None:
+            return torch.bmm(query, self.data.float().transpose(1, 2))
+        return dot(query * self.step, self.data, self.bits).add_((query * self.offset).sum(-1, keepdim=True))
+
+    def mix(self, weight: torch.Tensor, dim: int) -> torch.Tensor:
+        """Sums of vectors by float32 `weight` `[S, G, C]`: float32 `[S, G, dim]`."""
+        if self.step is None or self.offset is None:
+            return torch.bmm(weight, self.data.float())
+        return mix(weight, self.data, self.bits, dim) * self.step + weight.sum(-1, keepdim=True) * self.offset
 
 
 def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:

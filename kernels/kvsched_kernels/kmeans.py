@@ -4,6 +4,17 @@ from __future__ import annotations
 
 import torch
 
+from .dispatch import triton_runs
+
+Moments = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""Mean, size and sum of squared deviations of clusters: see `moments`."""
+
+_WIDEST = 256
+"""Channels that a Triton kernel holds in registers."""
+
+_MOST_IN_A_SET = 64
+"""Points of a set to split that a Triton kernel holds in registers."""
+
 _DISTANCES_AT_ONCE = 1 << 22
 
 
@@ -21,6 +32,10 @@ def nearest(points: torch.Tensor, centroid: torch.Tensor, mask: torch.Tensor) ->
     Returns:
         label int64 `[S, n]` and squared distance float32 `[S, n]` (infinite in a stream without clusters).
     """
+    if triton_runs("nearest", points, _refused(points)):
+        from .gpu.kmeans import nearest as kernel
+
+        return kernel(points, centroid, mask)
     origin = centroid[:, :1]
     moved = centroid - origin
     norm = moved.square().sum(-1).masked_fill(~mask, float("inf")).unsqueeze(1)
@@ -34,9 +49,7 @@ def nearest(points: torch.Tensor, centroid: torch.Tensor, mask: torch.Tensor) ->
     return torch.cat(labels, dim=1), torch.cat(distances, dim=1)
 
 
-def moments(
-    points: torch.Tensor, label: torch.Tensor, clusters: int, by_channel: bool = False
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def moments(points: torch.Tensor, label: torch.Tensor, clusters: int, by_channel: bool = False) -> Moments:
     """Mean, size and sum of squared deviations of each cluster, in two passes.
 
     Args:
@@ -49,6 +62,10 @@ def moments(
         centroid float32 `[S, C, D]`, size int64 `[S, C]`, deviation float32 `[S, C]` (summed over channels) or, by
         channel, `[S, C, D]`. A cluster without points has centroid 0.
     """
+    if triton_runs("moments", points, _refused(points)):
+        from .gpu.kmeans import moments as kernel
+
+        return kernel(points, label, clusters, by_channel)
     streams, _, dim = points.shape
     label = torch.where(label < 0, clusters, label)
     size = torch.zeros(streams, clusters + 1, dtype=torch.long, device=points.device)
@@ -63,6 +80,45 @@ def moments(
     spread = spread.sum(-1)
     deviation = points.new_zeros(streams, clusters + 1).scatter_add_(1, label, spread)
     return centroid[:, :clusters], size[:, :clusters], deviation[:, :clusters]
+
+
+def update(before: Moments, points: torch.Tensor, label: torch.Tensor) -> Moments:
+    """The moments of clusters once new points have joined them, as exact as if all points were taken at once.
+
+    Args:
+        before: as `moments` gives them, of C clusters.
+        points: float32 `[S, n, D]`, the new points.
+        label: int64 `[S, n]`, -1 for points that belong nowhere.
+    """
+    centroid, size, deviation = before
+    by_channel = deviation.ndim == 3
+    if triton_runs("update", points, _refused(points)):
+        from .gpu.kmeans import moments as kernel
+
+        return kernel(points, label, centroid.shape[1], by_channel, before)
+    mean, count, squares = moments(points, label, centroid.shape[1], by_channel)
+    total = size + count
+    gap = torch.where(count.unsqueeze(-1) > 0, mean - centroid, 0.0)
+    share = (count / total.clamp_min(1)).unsqueeze(-1)
+    between = gap.square() * (share * size.unsqueeze(-1))
+    return centroid + gap * share, total, deviation + squares + (between if by_channel else between.sum(-1))
+
+
+def lloyd_step(
+    points: torch.Tensor, mask: torch.Tensor, centroid: torch.Tensor, live: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One step of k-means: every point to its nearest centroid, and centroids that ran empty to the farthest points.
+
+    Args:
+        points: float32 `[S, n, D]`, mask: bool `[S, n]`, the points to cluster.
+        centroid: float32 `[S, C, D]`, live: bool `[S, C]`, the clusters; at most as many as points.
+
+    Returns:
+        label int64 `[S, n]`, -1 where masked, and the new centroids.
+    """
+    closest, distance = nearest(points, centroid, live)
+    label = _fill_empty(torch.where(mask, closest, -1), distance, live)
+    return label, moments(points, label, centroid.shape[1])[0]
 
 
 def kmeans(points: torch.Tensor, mask: torch.Tensor, clusters: torch.Tensor, iterations: int = 10) -> torch.Tensor:
@@ -94,12 +150,10 @@ def kmeans(points: torch.Tensor, mask: torch.Tensor, clusters: torch.Tensor, ite
     seed = (~mask).to(torch.uint8).argsort(dim=1, stable=True).gather(1, spaced.clamp_max(mask.shape[1] - 1))
     centroid = points.gather(1, seed.unsqueeze(-1).expand(-1, -1, points.shape[-1]))
     for _ in range(iterations):
-        closest, distance = nearest(points, centroid, live)
-        closest = _fill_empty(torch.where(mask, closest, -1), distance, live)
-        if torch.equal(closest, label):
+        before = label
+        label, centroid = lloyd_step(points, mask, centroid, live)
+        if torch.equal(label, before):
             break
-        label = closest
-        centroid = moments(points, label, most)[0]
     return label
 
 
@@ -139,6 +193,14 @@ def two_means(
     Returns:
         bool `[N, m]`, True for the second half, False where masked.
     """
+    refused = _refused(points)
+    if points.shape[1] > _MOST_IN_A_SET:
+        refused = f"sets of {points.shape[1]} points are larger than {_MOST_IN_A_SET}"
+    if triton_runs("two_means", points, refused):
+        from .gpu.kmeans import two_means as kernel
+
+        least = torch.as_tensor(least, dtype=torch.float32, device=points.device).expand(len(points), 1)
+        return kernel(points, mask, least[:, 0], iterations)
     count = mask.sum(1, keepdim=True)
     weight = mask.unsqueeze(-1).to(points.dtype)
     points = points - ((points * weight).sum(1) / count).unsqueeze(1)
@@ -225,3 +287,7 @@ def divide(
         new = clusters[stream] + torch.arange(len(stream), device=label.device) - (grown.cumsum(0) - grown)[stream]
         label[rows[second], point[second]] = new.unsqueeze(1).expand_as(point)[second]
         clusters += grown
+
+
+def _refused(points: torch.Tensor) -> str | None:
+    return f"vectors of {points.shape[-1]} channels are wider than {_WIDEST}" if points.shape[-1] > _WIDEST else None

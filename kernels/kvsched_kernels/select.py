@@ -1,11 +1,45 @@
-"""A choice of clusters that keeps to a budget of tokens."""
+"""What clusters are worth to a query, and a choice of them that keeps to a budget of tokens."""
 
 from __future__ import annotations
 
 import torch
 
+from .attention import cap_scores, softmax_weights
+from .codes import Vectors
+from .dispatch import triton_runs
 
-def choose_clusters(score: torch.Tensor, size: torch.Tensor, budget: torch.Tensor) -> torch.Tensor:
+
+def cluster_worth(
+    query: torch.Tensor,
+    means: Vectors,
+    size: torch.Tensor,
+    scaling: float,
+    elsewhere: torch.Tensor,
+    softcap: float | None = None,
+) -> torch.Tensor:
+    """What a token of each cluster is worth: its share of the attention, by the mean key, summed over the query heads.
+
+    Args:
+        query: `[S, G, D]`, floating; D at most 256.
+        means: mean keys of C clusters.
+        size: integer `[S, C]`, tokens; 0 where there is no cluster, which is worth 0.
+        scaling, softcap: as in `decode_attention`.
+        elsewhere: `[S, G]`, log of what the tokens hold that always take part, -inf if there are none. A head that
+            looks at those alone has no say.
+
+    Returns:
+        float32 `[S, C]`.
+    """
+    if triton_runs("cluster_worth", query, f"heads of {query.shape[2]} are too wide" if query.shape[2] > 256 else None):
+        from .gpu.select import cluster_worth as kernel
+
+        return kernel(query, means, size, scaling, elsewhere, softcap)
+    score = cap_scores(means.dot(query).mul_(scaling), softcap).masked_fill_((size == 0).unsqueeze(1), float("-inf"))
+    total = torch.logaddexp((score + size.unsqueeze(1).log()).logsumexp(-1), elsewhere.float())
+    return softmax_weights(score, total).sum(1)
+
+
+def choose_clusters(score: torch.Tensor, size: torch.Tensor, budget: torch.Tensor, mass: float = 1.0) -> torch.Tensor:
     """Take clusters from the highest score down while they fit the budget of each stream.
 
     A cluster that does not fit what is left is passed over, and smaller ones behind it still get their turn, down to
@@ -15,20 +49,39 @@ def choose_clusters(score: torch.Tensor, size: torch.Tensor, budget: torch.Tenso
         score: float `[S, C]`.
         size: integer `[S, C]`, tokens in each cluster; 0 marks a place without a cluster, which is never chosen.
         budget: int64 `[S, 1]`, tokens of each stream.
+        mass: end as soon as the chosen hold this share of the stream's sum of score times size (top-p), for scores that
+            are no less than 0.
 
     Returns:
         bool `[S, C]`.
     """
+    considered = min(int(budget.max()), score.shape[1])
+    if triton_runs("choose_clusters", score):
+        from .gpu.select import choose_clusters as kernel
+
+        return kernel(score, size, budget, mass, considered)
+    share = torch.where(size == 0, 0.0, score * size) if mass < 1 else None
     score = score.masked_fill(size == 0, float("-inf"))
-    order = score.topk(min(int(budget.max()), score.shape[1]), dim=1).indices
+    order = score.topk(considered, dim=1).indices
     sizes = size.gather(1, order).long()
     taken = torch.zeros_like(sizes, dtype=torch.bool)
     left = budget
+    if share is not None:
+        wanted, share = share.sum(1, keepdim=True) * mass, share.gather(1, order)
+        held = torch.zeros_like(wanted)
     candidate = (sizes > 0) & (sizes <= left)
     while candidate.any():
         # All candidates up to the first that overflows are taken at once. That one exceeds what is then left, so each
         # round closes at least one candidate in every stream that has any.
-        fits = candidate & (torch.where(candidate, sizes, 0).cumsum(1) <= left)
+        asked = torch.where(candidate, sizes, 0)
+        upto = asked.cumsum(1)
+        fits = candidate & (upto <= left)
+        if share is not None:
+            mine = torch.where(candidate, share, 0.0)
+            before = held + mine.cumsum(1) - mine  # of what was taken, as far as all before it are
+            enough = (upto - asked <= left) & (before >= wanted)
+            fits, candidate = fits & ~enough, candidate & ~enough
+            held = held + torch.where(fits, share, 0.0).sum(1, keepdim=True)
         taken |= fits
         left = left - torch.where(fits, sizes, 0).sum(1, keepdim=True)
         candidate = candidate & ~fits & (sizes <= left)

@@ -1,0 +1,251 @@
+"""Attention of one new token over clusters that are read where they lie, with an estimate for those left out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .attention import Part, cap_scores, softmax_weights
+from .codes import Vectors
+from .dispatch import triton_runs
+
+MAX_DIM = 256
+"""Widest key or value that the Triton kernel takes for half-precision queries, twice as wide as for float32."""
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Keys and values of resident tokens, a row each.
+
+    Args:
+        key: `[R, D]`, value: `[R, Dv]`; float32, float16, bfloat16, int8 or float8_e4m3fn. The numbers of a row are
+            neighbours in memory; rows may lie any distance apart, such as key and value side by side.
+        key_scale, value_scale: float32 `[R]`, factors of the rows, for int8 and float8. Scales of key channels belong
+            into the query.
+    """
+
+    key: torch.Tensor
+    value: torch.Tensor
+    key_scale: torch.Tensor | None = None
+    value_scale: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Runs:
+    """The tokens that each stream attends to, as runs of neighbouring rows of a pool.
+
+    Args:
+        start: int64 `[M]`, first row of every run, stream by stream.
+        before: int64 `[M + 1]`, tokens of all runs before each, and of all runs.
+        bounds: int64 `[S + 1]`, where in `start` the runs of each stream begin, and M.
+        dense: int64 `[S]`, how many of a stream's runs, its first, hold tokens that always take part (sinks, the recent
+            window). The others are retrieved clusters.
+    """
+
+    start: torch.Tensor
+    before: torch.Tensor
+    bounds: torch.Tensor
+    dense: torch.Tensor
+
+    @classmethod
+    def of(cls, start: torch.Tensor, size: torch.Tensor, bounds: torch.Tensor, dense: torch.Tensor) -> Runs:
+        """Runs of `size` tokens, integer `[M]`; the rest as above. A size may be 0."""
+        return cls(start, torch.nn.functional.pad(size.long().cumsum(0), (1, 0)), bounds, dense)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Clusters known by their mean: those left out take part as `size` tokens with mean key and mean value.
+
+    A mean key underrates its cluster, since exp is convex. By how much shows on the retrieved clusters, whose exact sum
+    is known: with `corrects` all others are corrected by the same factor, within [1/e, e].
+
+    Args:
+        key, value: the means, for C clusters of every stream.
+        size: integer `[S, C]`, tokens; 0 where there is no cluster, whose means may be any finite numbers.
+        chosen: bool `[S, C]`, the clusters that were retrieved.
+    """
+
+    key: Vectors
+    value: Vectors
+    size: torch.Tensor
+    chosen: torch.Tensor
+    corrects: bool = True
+
+
+def cluster_attention(
+    query: torch.Tensor,
+    pool: Pool,
+    runs: Runs,
+    scaling: float,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    estimate: Estimate | None = None,
+) -> Part:
+    """Softmax attention of each stream's query group over its runs and, if given, the estimate of the other clusters.
+
+    Rows outside the runs never matter, whatever they hold. NaN in a key makes the whole output of its stream NaN, NaN
+    in a value its channel's; infinities follow IEEE arithmetic. A stream that attends to nothing gives zeros, and -inf.
+
+    Args:
+        query: `[S, G, D]`, floating: the query heads that share a KV head.
+        scaling, softcap, sinks: as in `decode_attention`.
+
+    Returns:
+        float32 `[S, G, Dv]`, and the log of the softmax's sum, float32 `[S, G]`.
+
+    Raises:
+        ValueError: shapes or types do not belong together.
+    """
+    _check(query, pool, runs, estimate)
+    refused, widest = None, MAX_DIM // (2 if query.dtype == torch.float32 else 1)
+    if max(pool.key.shape[1], pool.value.shape[1]) > widest:
+        refused = f"heads of {pool.key.shape[1]} and {pool.value.shape[1]} channels are wider than {widest}"
+    elif query.shape[1] > 64:
+        refused = f"{query.shape[1]} query heads share a KV head, more than 64"
+    if triton_runs("cluster_attention", query, refused):
+        from .gpu.cluster_attention import cluster_attention as kernel
+
+        return kernel(query, pool, runs, scaling, softcap, sinks, estimate)
+    return attend_gathered(query, pool, runs, scaling, softcap, sinks, estimate)
+
+
+def attend_gathered(
+    query: torch.Tensor,
+    pool: Pool,
+    runs: Runs,
+    scaling: float,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    estimate: Estimate | None = None,
+) -> Part:
+    """The same in torch operations over all streams at once: what runs on a CPU."""
+    row, there, retrieved = _places(runs)
+    score = torch.bmm(query.float(), _rows(pool.key, pool.key_scale, row).transpose(1, 2)).mul_(scaling)
+    score = cap_scores(score, softcap).masked_fill_(~there.unsqueeze(1), float("-inf"))
+    value = _rows(pool.value, pool.value_scale, row)
+    value[~there] = 0.0  # a row that another stream owns may hold anything, and 0 times that is not 0
+    totals = [score.logsumexp(-1)]
+    outputs = [torch.bmm(softmax_weights(score, totals[0]), value)]
+    if estimate is not None:
+        exact = score.masked_fill(~retrieved.unsqueeze(1), float("-inf")).logsumexp(-1) if estimate.corrects else None
+        output, total = _estimate(query, estimate, scaling, softcap, exact, value.shape[2])
+        outputs.append(output)
+        totals.append(total)
+    total = torch.stack(totals, dim=-1)
+    whole = total.logsumexp(-1)
+    if sinks is not None:
+        whole = torch.logaddexp(whole, sinks.float())
+    weight = softmax_weights(total, whole)
+    return torch.stack(outputs, dim=-1).mul_(weight.unsqueeze(-2)).sum(-1), whole
+
+
+def _places(runs: Runs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Rows of every stream's tokens, int64 `[S, n]`; bool, which places hold one, and which of these a retrieved one.
+
+    A place without a token names a row that some stream uses, or row 0.
+    """
+    size, ends = runs.before.diff(), runs.before[runs.bounds]
+    token = torch.arange(int(runs.before[-1]), device=size.device)
+    row = token + (runs.start - runs.before[:-1]).repeat_interleave(size, output_size=len(token))
+    count = ends.diff().unsqueeze(1)
+    column = torch.arange(int(count.max()) if len(count) else 0, device=size.device)
+    there = column < count
+    always = (runs.before[runs.bounds[:-1] + runs.dense] - ends[:-1]).unsqueeze(1)
+    place = torch.where(there, ends[:-1].unsqueeze(1) + column, 0)
+    return row[place] if len(row) else place, there, there & (column >= always)
+
+
+def _rows(part: torch.Tensor, scale: torch.Tensor | None, row: torch.Tensor) -> torch.Tensor:
+    """Rows `[S, n]` of one side of a pool as numbers: float32 `[S, n, D]`, a copy."""
+    flat = row.flatten()
+    plain = part.view(torch.uint8) if part.dtype == torch.float8_e4m3fn else part  # which no CPU gathers
+    found = plain.index_select(0, flat).view(part.dtype).float()
+    if scale is not None:
+        found *= scale.index_select(0, flat).unsqueeze(1)
+    return found.view(*row.shape, -1)
+
+
+def _estimate(
+    query: torch.Tensor,
+    estimate: Estimate,
+    scaling: float,
+    softcap: float | None,
+    exact: torch.Tensor | None,
+    value_dim: int,
+) -> Part:
+    """Attention over the clusters left out; `exact` `[S, G]` is the log of what the retrieved ones hold in truth."""
+    guess = cap_scores(estimate.key.dot(query).mul_(scaling), softcap) + estimate.size.unsqueeze(1).log()
+    chosen = estimate.chosen.unsqueeze(1)
+    left = guess.masked_fill(chosen, float("-inf"))
+    total = left.logsumexp(-1)
+    output = estimate.value.mix(softmax_weights(left, total), value_dim)
+    if exact is not None:
+        known = guess.masked_fill(~chosen, float("-inf")).logsumexp(-1)
+        total = total + (exact - known).nan_to_num(0.0, 0.0, 0.0).clamp_(-1.0, 1.0)
+    return output, total
+
+
+def reference(
+    query: torch.Tensor,
+    pool: Pool,
+    runs: Runs,
+    scaling: float,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    estimate: Estimate | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> Part:
+    """The same stream by stream and without any trick, computed in `dtype`."""
+    outputs, totals = [], []
+    bounds, before = runs.bounds.tolist(), runs.before.tolist()
+    for s, heads in enumerate(query.to(dtype)):
+        row = [
+            torch.arange(before[r + 1] - before[r], device=query.device) + runs.start[r]
+            for r in range(bounds[s], bounds[s + 1])
+        ]
+        always = before[bounds[s] + int(runs.dense[s])] - before[bounds[s]]
+        rows = torch.cat(row) if row else torch.zeros(0, dtype=torch.long, device=query.device)
+        key, value = pool.key[rows].to(dtype), pool.value[rows].to(dtype)
+        if pool.key_scale is not None:
+            key = key * pool.key_scale[rows, None].to(dtype)
+        if pool.value_scale is not None:
+            value = value * pool.value_scale[rows, None].to(dtype)
+        score = cap_scores(heads @ key.T * scaling, softcap)
+        if estimate is not None:
+            mean = estimate.key.read(query.shape[2])[s].to(dtype)
+            guess = cap_scores(heads @ mean.T * scaling, softcap) + estimate.size[s].to(dtype).log()
+            known = guess[:, estimate.chosen[s]].logsumexp(-1)
+            factor = (score[:, always:].logsumexp(-1) - known).nan_to_num(0.0, 0.0, 0.0).clamp(-1.0, 1.0)
+            left = ~estimate.chosen[s] & (estimate.size[s] > 0)
+            guess = guess[:, left] + (factor[:, None] if estimate.corrects else 0.0)
+            score = torch.cat([score, guess], dim=-1)
+            value = torch.cat([value, estimate.value.read(pool.value.shape[1])[s].to(dtype)[left]])
+        total = score.logsumexp(-1)
+        if sinks is not None:
+            total = torch.logaddexp(total, sinks[s].to(dtype))
+        outputs.append(softmax_weights(score, total) @ value)
+        totals.append(total)
+    return torch.stack(outputs), torch.stack(totals)
+
+
+def _check(query: torch.Tensor, pool: Pool, runs: Runs, estimate: Estimate | None) -> None:
+    streams, _, dim = query.shape
+    if pool.key.shape[1] != dim or len(pool.key) != len(pool.value):
+        raise ValueError(
+            f"cluster_attention: a query of {dim} channels, keys {tuple(pool.key.shape)} and values "
+            f"{tuple(pool.value.shape)} do not belong together"
+        )
+    if len(runs.bounds) != streams + 1 or len(runs.dense) != streams or len(runs.before) != len(runs.start) + 1:
+        raise ValueError(f"cluster_attention: runs of {len(runs.bounds) - 1} streams for queries of {streams}")
+    for part, scale in ((pool.key, pool.key_scale), (pool.value, pool.value_scale)):
+        if part.stride(1) != 1:
+            raise ValueError("cluster_attention: the numbers of a row must be neighbours in memory: .contiguous()")
+        if (scale is None) == (part.dtype in (torch.int8, torch.float8_e4m3fn)):
+            raise ValueError(
+                f"cluster_attention: {part.dtype} rows with scales {scale is not None}: int8 and float8 "
+                "take scales, other types do not"
+            )
+    if estimate is not None and not estimate.size.shape == estimate.chosen.shape == estimate.key.data.shape[:2]:
+        raise ValueError("cluster_attention: sizes, choice and means of the estimate differ in shape")

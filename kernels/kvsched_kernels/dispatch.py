@@ -1,0 +1,48 @@
+"""Whether an operation runs as a Triton kernel. On a CPU plain torch is the way; anywhere else it is a fall-back."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import logging
+import os
+import shutil
+
+import torch
+
+_LOG = logging.getLogger(__name__)
+
+
+def triton_runs(operation: str, tensor: torch.Tensor, refused: str | None = None) -> bool:
+    """Whether the Triton kernel of `operation` takes a call whose tensors lie where `tensor` does.
+
+    A call on an accelerator that runs in plain torch all the same is logged with its reason, each reason once.
+
+    Args:
+        refused: why the kernel does not take these arguments, if it does not.
+    """
+    if tensor.device.type == "cpu":
+        return False
+    reason = unavailable(tensor.device) or refused
+    if reason is not None:
+        _say(operation, reason)
+    return reason is None
+
+
+@functools.cache
+def unavailable(device: torch.device) -> str | None:
+    """Why no Triton kernel can run on `device`; `None` if they can."""
+    if device.type != "cuda":  # what ROCm's devices are called, too
+        return f"there are no kernels for devices of type {device.type!r}"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed: pip install triton"
+    if "CC" not in os.environ and not (shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")):
+        return "Triton needs a C compiler to launch kernels: install gcc or clang, or name one in CC"
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+        return f"{torch.cuda.get_device_name(device)} is older than the kernels' oldest target, compute capability 8.0"
+    return None
+
+
+@functools.cache
+def _say(operation: str, reason: str) -> None:
+    _LOG.warning("%s runs in plain torch: %s", operation, reason)
