@@ -85,6 +85,11 @@ def _every_address_is_checked() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
+def _same_numbers_every_time() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
 def _outputs_are_poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     empty = torch.empty
 
@@ -108,7 +113,7 @@ def agree(case, dtype, **launch):
     return output
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     streams=st.integers(1, 3),
     group=st.integers(1, 16),
@@ -246,7 +251,9 @@ def test_two_means(m, dim, least):
     mask[:, :2] = True
     points[~mask] = 1e4
     got = kmeans.two_means(points, mask, torch.full((4,), least), 8)
-    assert torch.equal(got, split(points, mask, least))
+    for one, other, live in zip(got, split(points, mask, least), mask, strict=True):
+        # Which of two points is the first centre may hang on the last bit of their distances.
+        assert torch.equal(one, other) or torch.equal(one, ~other & live)
 
 
 @settings(max_examples=15, deadline=None)
