@@ -155,11 +155,17 @@ def _tasks(runs: Sequence[results.Results]) -> Iterable[Section]:
     for one in metrics.summarise(question for run in runs for question in run.questions):
         tasks[one.cell.task, one.cell.context, one.metric].append(one)
     for (task, context, metric), cells in tasks.items():
-        title = task if context is None else f"{task}, {context} tokens"
         note = f"{metric} and its standard error over {cells[0].score.count} questions. Change, log-probability and KL "
-        note += "are against the full cache on the same questions; brackets hold 95 % of bootstrapped means."
+        note += "are against the full cache on the same questions; brackets hold 95 % of bootstrapped means. "
+        note += f"To prefill a prompt took {_number(cells[0].prefill_seconds, '.1f')} s, once for all caches."
         rows = [[metrics.label(one.cell), *(show(one) for _, show in _COLUMNS)] for one in cells]
-        yield Section(title, note, ["cache", *(name for name, _ in _COLUMNS)], rows, list(_against(cells, metric)))
+        yield Section(
+            _title(task, context), note, ["cache", *(name for name, _ in _COLUMNS)], rows, list(_against(cells, metric))
+        )
+
+
+def _title(task: str, context: int | None) -> str:
+    return task if context is None else f"{task}, {context} tokens"
 
 
 def _against(cells: Sequence[Summary], metric: str) -> Iterable[Chart]:
@@ -190,30 +196,29 @@ def _against(cells: Sequence[Summary], metric: str) -> Iterable[Chart]:
     ]
     for name, label, x in axes:
         if drawn := over(x):
-            yield Chart(f"{metric} against {name}", label, metric, drawn, level)
+            places = sorted({place for line in drawn for place in line.x}) if name == "budget" else ()
+            yield Chart(f"{metric} against {name}", label, metric, drawn, level, places)
 
 
 def _drift(runs: Sequence[results.Results]) -> Iterable[Section]:
     """How far the next token's distribution has moved from the full cache's as an answer grows."""
-    cells: dict[Any, list[results.Question]] = defaultdict(list)
+    charts: dict[tuple[str, int | None, float | None], dict[str, list[results.Question]]] = {}
     for run in runs:
         for one in run.questions:
             if one.cache != "full" and len(one.kl) >= 2 * WIDTH:
-                cells[one.task, one.context].append(one)
-    charts = []
-    for (task, context), questions in cells.items():
-        ways: dict[str, list[results.Question]] = defaultdict(list)
-        for one in questions:
-            ways[metrics.label(one.cell)].append(one)
-        lines = []
+                lines = charts.setdefault((one.task, one.context, one.budget), defaultdict(list))
+                lines[metrics.label(metrics.without_budget(one.cell))].append(one)
+    drawn = []
+    for (task, context, budget), ways in charts.items():
+        lines_ = []
         for name, own in ways.items():
             found = metrics.by_position(own, WIDTH)
-            lines.append(Line(name, [start for start, _ in found], [mean.value for _, mean in found]))
-        title = task if context is None else f"{task}, {context} tokens"
-        charts.append(Chart(title, "tokens decoded", "KL to the full cache, nats", lines, log_y=True))
-    if charts:
+            lines_.append(Line(name, [start for start, _ in found], [mean.value for _, mean in found]))
+        title = _title(task, context) if budget is None else f"{_title(task, context)}, budget {100 * budget:g} %"
+        drawn.append(Chart(title, "tokens decoded", "KL to the full cache, nats", lines_, log_y=True))
+    if drawn:
         note = "Divergence of the next token's distribution from the full cache's while both read the same tokens."
-        yield Section("Divergence as decoding goes on", note, [], [], charts)
+        yield Section("Divergence as decoding goes on", note, [], [], drawn)
 
 
 def _replays(rows: Sequence[Row]) -> Iterable[Section]:
@@ -330,7 +335,6 @@ _COLUMNS: list[Shown] = [
     ("equal prefix", lambda one: _number(one.equal_prefix, ".0%")),
     ("distinct", lambda one: _number(one.diversity, ".2f")),
     ("tokens", lambda one: _number(one.length, ".0f")),
-    ("prefill s", lambda one: _number(one.prefill_seconds, ".1f")),
     ("s", lambda one: _number(one.seconds, ".1f")),
     ("MB read", lambda one: _number(one.bytes_read, ".1f", 1e6)),
     ("MiB DRAM", lambda one: _number(one.dram_bytes, ".1f", 2**20)),

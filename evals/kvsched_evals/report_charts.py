@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from matplotlib.ticker import FormatStrFormatter, MaxNLocator, NullFormatter
+from matplotlib.ticker import FixedLocator, FormatStrFormatter, LogLocator, MaxNLocator, NullFormatter
 
 # Colours that stand out from white as well as from near-black, and marks for those who cannot tell them apart.
 _COLOURS = (
@@ -26,6 +27,7 @@ _COLOURS = (
     "#8f952b",
     "#858b95",
 )
+_LEGEND_COLUMNS = 2
 _MARKS = "osD^vPX*<>"
 _NAMED = ("dynakv", "static", "local", "quest", "token-topk", "retroinfer", "clusterkv", "sparkv", "oracle")
 # matplotlib draws with these, and the page's own take their place.
@@ -35,9 +37,9 @@ _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "kvsched",
     "font.family": "sans-serif",
-    "font.size": 9.5,
-    "axes.titlesize": 10.5,
-    "legend.fontsize": 9,
+    "font.size": 11,
+    "axes.titlesize": 12,
+    "legend.fontsize": 10.5,
     "text.color": _TEXT,
     "axes.labelcolor": _TEXT,
     "axes.edgecolor": _GRID,
@@ -66,7 +68,9 @@ class Chart:
 
     Args:
         level: name, height and half height of a dashed line all across.
-        log_x, log_y: axes on which equal steps are equal factors; only numbers above 0 appear there.
+        places: on the x axis that are named; else round numbers.
+        log_y: equal steps are equal factors; only numbers above 0 appear.
+        points: no lines between them.
     """
 
     title: str
@@ -74,30 +78,34 @@ class Chart:
     y: str
     lines: Sequence[Line]
     level: tuple[str, float, float] | None = None
-    log_x: bool = False
+    places: Sequence[float] = ()
     log_y: bool = False
-    points: bool = field(default=False, kw_only=True)
+    points: bool = False
 
 
-def styles(labels: Sequence[str]) -> dict[str, tuple[str, str]]:
-    """A colour and a mark for each label, the same in all charts that are drawn with the result."""
+def styles(labels: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """How each label is drawn, in all charts; the marks are hollow where colours come round again."""
     names = sorted(set(labels), key=lambda one: (_NAMED.index(one) if one in _NAMED else len(_NAMED), one))
-    return {one: (_COLOURS[i % len(_COLOURS)], _MARKS[i % len(_MARKS)]) for i, one in enumerate(names)}
+    drawn = {}
+    for number, name in enumerate(names):
+        again, kind = divmod(number, len(_COLOURS))
+        colour = _COLOURS[kind]
+        drawn[name] = {"color": colour, "marker": _MARKS[kind], "markerfacecolor": "none" if again % 2 else colour}
+    return drawn
 
 
-def svg(chart: Chart, style: Mapping[str, tuple[str, str]]) -> str:
+def svg(chart: Chart, style: Mapping[str, Mapping[str, Any]]) -> str:
     """The chart as an SVG element, about as wide as a phone."""
     with plt.rc_context(_STYLE):
-        figure, axes = plt.subplots(figsize=(4.6, 3.6), layout="constrained")
+        rows = math.ceil((len(chart.lines) + (chart.level is not None)) / _LEGEND_COLUMNS)
+        figure, axes = plt.subplots(figsize=(4.6, 3.2 + 0.21 * rows), layout="constrained")
         for line in chart.lines:
-            colour, mark = style[line.label]
             axes.errorbar(
                 line.x,
                 line.y,
                 yerr=line.error or None,
                 label=line.label,
-                color=colour,
-                marker=mark,
+                **style[line.label],
                 markersize=5 if len(line.x) < 20 else 0,
                 linestyle="" if chart.points else "-",
                 linewidth=1.8,
@@ -108,19 +116,16 @@ def svg(chart: Chart, style: Mapping[str, tuple[str, str]]) -> str:
             name, height, half = chart.level
             axes.axhline(height, color=_TEXT, linestyle="--", linewidth=1.2, label=name)
             axes.axhspan(height - half, height + half, color=_GRID, alpha=0.5, linewidth=0)
-        if chart.log_x:
-            axes.set_xscale("log")
         if chart.log_y:
             axes.set_yscale("log")
-        for axis, logarithmic in ((axes.xaxis, chart.log_x), (axes.yaxis, chart.log_y)):
-            if logarithmic:
-                axis.set_major_formatter(FormatStrFormatter("%g"))
-                axis.set_minor_formatter(NullFormatter())
-            else:
-                axis.set_major_locator(MaxNLocator(6))
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+            axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.xaxis.set_major_locator(FixedLocator(chart.places) if chart.places else MaxNLocator(6))
+        axes.xaxis.set_major_formatter(FormatStrFormatter("%g"))
         axes.grid(linewidth=0.6)
         axes.set(xlabel=chart.x, ylabel=chart.y, title=chart.title)
-        figure.legend(loc="outside lower center", ncols=3, frameon=False, handlelength=1.6, columnspacing=1.2)
+        figure.legend(loc="outside lower center", ncols=_LEGEND_COLUMNS, frameon=False, handlelength=1.5)
         file = io.StringIO()
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
         plt.close(figure)
