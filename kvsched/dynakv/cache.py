@@ -5,18 +5,23 @@ After DynaKV (arXiv 2511.07427): clusters that follow the decode, flash read by 
 
 from __future__ import annotations
 
+import os
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedConfig
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, Cache, get_layer_types_and_kwargs
 
 from ..config import DynaKVConfig
 from ..errors import UnsupportedModelError
+from . import resume
 from .layer import DynaKVLayer
 from .policies import policy_named
+from .snapshot import Saved
 from .storage import ClusterStorage
 
 
@@ -82,7 +87,7 @@ class DynaKVCache(Cache):
     def __init__(
         self, config: PreTrainedConfig, options: DynaKVConfig | Mapping[str, Any] | None = None, **changes: Any
     ) -> None:
-        self.options = DynaKVConfig.merge(options, changes)
+        self.options, self._config = DynaKVConfig.merge(options, changes), config
         kinds, arguments = get_layer_types_and_kwargs(config.get_text_config(decoder=True))
         if unknown := set(kinds) - set(DYNAMIC_LAYER_TYPE_MAPPING):
             raise UnsupportedModelError(
@@ -126,6 +131,50 @@ class DynaKVCache(Cache):
             flash_bytes=storage.flash.size,
             direct=storage.flash.direct,
         )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Keep everything in the folder `path`, so that `load` goes on without a prefill.
+
+        The folder is made if need be; what it kept before is replaced in one step when everything is on disk, so a
+        save that fails or is killed leaves the one before. The cache can be used on.
+
+        Raises:
+            FlashError: clusters could not be read, or the folder not be written.
+            InputError: the cache holds no tokens.
+            UnsupportedModelError: the model has layers other than full and sliding attention.
+        """
+        resume.save(Path(path), self._config, self.options, self._storage, self.layers)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        config: PreTrainedConfig,
+        device: torch.device | str = "cpu",
+        **changes: Any,
+    ) -> DynaKVCache:
+        """The cache that was saved in the folder `path`, which stays as it is.
+
+        It holds the same tokens in the same clusters. Which of them lie in DRAM is not kept, and a cluster is split
+        when it next gets there: with a budget smaller than the context later tokens may differ by that.
+
+        Args:
+            config: of the model that it was saved with. Its weights are not checked: they have to be the same.
+            device: where the model is.
+            changes: options that differ from those of then, such as `directory`, `dram` and `budget`.
+
+        Raises:
+            ConfigError: a change is not possible.
+            FlashError: the folder holds no complete, unaltered save of such a model's cache.
+        """
+        saved = Saved(Path(path))
+        cache = cls(config, resume.saved_options(saved, config, changes))
+        try:
+            resume.restore(saved, cache._storage, cache.layers, torch.device(device))
+        except BaseException:
+            cache.close()
+            raise
+        return cache
 
     def close(self) -> None:
         """Give the file's space and the threads back now. It happens by itself when the cache is garbage collected."""

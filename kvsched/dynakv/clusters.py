@@ -6,8 +6,10 @@ vector for each `VectorTable` that the policy asks for, such as its mean key.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -156,6 +158,35 @@ class ClusterIndex:
         stream, cluster = self.clusters()
         table.write(stream, cluster, after[stream, parent[stream, cluster]])
 
+    def state(self) -> dict[str, torch.Tensor]:
+        """Everything that it is made of, by name."""
+        own = {name: getattr(self, name) for name in self._per_cluster}
+        return own | {f"{of}.{name}": part for of, table in self.tables.items() for name, part in table.state().items()}
+
+    def restore(self, take: Callable[..., torch.Tensor], addresses: torch.Tensor) -> None:
+        """Become what `state` gave; `take(name, dtype, *shape)` hands the tensors out.
+
+        Args:
+            addresses: int64, what the addresses of then are now; -1 where there is none.
+        """
+        streams = len(self.count)
+        size = take("size", self.size.dtype, streams, -1)
+        room = size.shape[1]
+        for name in self._per_cluster:
+            setattr(self, name, take(name, getattr(self, name).dtype, streams, room))
+        for of, table in self.tables.items():
+            table.restore(functools.partial(_under, take, of), room)
+        live = size > 0
+        self.count = live.sum(1)
+        self.width = int(self.count.max())
+        if not torch.equal(live, torch.arange(room, device=size.device) < self.count.unsqueeze(1)):
+            raise ValueError("its clusters are not numbered in turn")
+        if "parent" in self._per_cluster and bool((self.parent[live] >= self.width).any()):
+            raise ValueError("a chain begins with a cluster that is not there")
+        self.address[live] = addresses[self.address[live].long()].to(self.address)
+        if bool((self.address[live] < 0).any()):
+            raise ValueError("a cluster has no entries")
+
     def drop_empty(self) -> None:
         """Number the clusters anew, in the same order, without those whose size has become 0."""
         empty = self.size == 0
@@ -187,6 +218,10 @@ class ClusterIndex:
         for table in self.tables.values():
             table.select(streams)
         self.width = int(self.count.max())
+
+
+def _under(take: Callable[..., torch.Tensor], of: str, name: str, *form: Any) -> torch.Tensor:
+    return take(f"{of}.{name}", *form)
 
 
 def ranks(group: torch.Tensor) -> torch.Tensor:

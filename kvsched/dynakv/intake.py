@@ -15,12 +15,16 @@ from .stored import StoredClusters
 
 
 class Intake:
-    """Brings tokens of one layer into clusters, as `clusters.policy.intake` says."""
+    """Brings tokens of one layer into clusters, as `clusters.policy.intake` says.
+
+    Attributes:
+        grouped: int64 `[S]`, the first clusters of each stream that stay as they are; those behind them are grouped
+            again with what follows (intake "own").
+    """
 
     def __init__(self, clusters: StoredClusters, dense: DenseTokens) -> None:
         self.clusters, self.dense, self.policy = clusters, dense, clusters.policy
-        # Clusters that stay as they are; those behind them are grouped again with what follows (intake "own").
-        self._grouped = clusters.index.count.clone()
+        self.grouped = clusters.index.count.clone()
 
     def take(self, entries: torch.Tensor, position: torch.Tensor) -> bool:
         """Take in new tokens `[S, q, width]` at `position` (int64 `[S, q]`, -1 for padding).
@@ -71,20 +75,20 @@ class Intake:
             self.dense.put_back(stream, entries, position, end)
         index = self.clusters.index
         number = torch.arange(index.size.shape[1], device=index.size.device)
-        self._grouped = ((index.size > 0) & (number < self._grouped.unsqueeze(1))).sum(1)
+        self.grouped = ((index.size > 0) & (number < self.grouped.unsqueeze(1))).sum(1)
         index.drop_empty()
 
     def select(self, streams: torch.Tensor) -> None:
         """Keep `streams` (int64, repeats allowed) in this order."""
-        self._grouped = self._grouped[streams]
+        self.grouped = self.grouped[streams]
 
     def _group_alone(self, entries: torch.Tensor, position: torch.Tensor) -> None:
         """Group tokens with those since the last `segment`, once there are enough of them; until then page by page."""
         index = self.clusters.index
         stream, cluster = index.clusters()
-        loose = cluster >= self._grouped[stream]
+        loose = cluster >= self.grouped[stream]
         stream, cluster = stream[loose], cluster[loose]
-        held = torch.zeros_like(self._grouped).index_add_(0, stream, index.size[stream, cluster].long())
+        held = torch.zeros_like(self.grouped).index_add_(0, stream, index.size[stream, cluster].long())
         if index.width and int((held + (position >= 0).sum(1)).max()) < self.policy.segment:
             self.clusters.create(entries, position, *pages(position >= 0, BATCH))
             return
@@ -92,9 +96,9 @@ class Intake:
             before, there = self.clusters.gather(stream, cluster)
             entries, position = torch.cat([before, entries], dim=1), torch.cat([there, position], dim=1)
             self.clusters.free(stream, cluster)
-            index.truncate(self._grouped)
+            index.truncate(self.grouped)
         self._group(entries, position)
-        self._grouped = index.count.clone()
+        self.grouped = index.count.clone()
 
     def _group(self, entries: torch.Tensor, position: torch.Tensor) -> None:
         """Make clusters of tokens by themselves, as the policy groups them, in stretches of text of its choice."""

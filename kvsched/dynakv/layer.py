@@ -8,9 +8,10 @@ query retrieves (`decode`). What is new is brought into clusters afterwards (`in
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
@@ -57,21 +58,71 @@ class DynaKVLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Take batch, heads, widths, dtype and device from the first keys `[B, H, n, D]` and values `[B, H, n, Dv]`."""
-        self.dtype, self.device = key_states.dtype, key_states.device
-        self._kv_heads = key_states.shape[1]
-        self._form = EntryForm(key_states.shape[3], value_states.shape[3], self.dtype, self.device)
-        stored = self.dtype if self.config.storage == "auto" else getattr(torch, self.config.storage)
-        self.storage.open(self._form.width, stored)
-        self._start(key_states.shape[0] * self._kv_heads)
-        self.is_initialized = True
+        batch, heads, _, dim = key_states.shape
+        form = EntryForm(dim, value_states.shape[3], key_states.dtype, key_states.device)
+        self._initialize(form, heads, batch * heads)
 
-    def _start(self, streams: int) -> None:
+    def _initialize(self, form: EntryForm, heads: int, streams: int) -> None:
+        self.dtype, self.device, self._form, self._kv_heads = form.dtype, form.device, form, heads
         config = self.config
+        self.storage.open(form.width, form.dtype if config.storage == "auto" else getattr(torch, config.storage))
         self.clusters = StoredClusters(self.storage, self.policy, self._form, streams, self._number)
         self.dense = DenseTokens(streams, self._form.width, config.sinks, config.recent, self.dtype, self.device)
         self._intake = Intake(self.clusters, self.dense)
         self.decoder = self.decoder_class(self.clusters, self.dense)
         self._chunks = ChunkAttention(self.clusters, self.dense, self.decoder)
+        self.is_initialized = True
+
+    def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """All there is to know of its tokens beside the entries in clusters: tensors by name, and plain values."""
+        clusters, form = self.clusters, self._form
+        tensors = {"entries": self.dense.entries, "position": self.dense.position, "grouped": self._intake.grouped}
+        tensors |= {"splits": clusters.splits, "moved": clusters.moved}
+        tensors |= {f"index.{name}": tensor for name, tensor in clusters.index.state().items()}
+        return tensors, {
+            "streams": clusters.streams,
+            "kv_heads": self._kv_heads,
+            "key_width": form.key_width,
+            "value_width": form.value_width,
+            "dtype": name_of(form.dtype),
+            "seen": self._seen,
+            "steps": self.steps,
+            "recent": self.dense.recent,
+        }
+
+    def restore(self, take: Any, values: Mapping[str, Any], addresses: np.ndarray) -> None:
+        """Become what `state` told of; the storage holds the clusters already.
+
+        Args:
+            take: `take(name, dtype, *shape)` hands the tensors out, on the device `take.device`.
+            addresses: what the addresses of then are now.
+
+        Raises:
+            ValueError, KeyError, TypeError: the values do not fit together.
+        """
+        streams, heads = int(values["streams"]), int(values["kv_heads"])
+        if streams < 1 or heads < 1 or streams % heads:
+            raise ValueError(f"{streams} streams of {heads} heads")
+        dtype = dtype_named(values["dtype"])
+        self._initialize(EntryForm(values["key_width"], values["value_width"], dtype, take.device), heads, streams)
+        self._seen, self.steps, dense, index = (
+            int(values["seen"]),
+            int(values["steps"]),
+            self.dense,
+            self.clusters.index,
+        )
+        dense.entries = take("entries", dtype, *dense.entries.shape)
+        dense.position = take("position", torch.int64, *dense.position.shape)
+        dense.recent = int(values["recent"])
+        if not 0 <= dense.recent <= self.dense.position.shape[1] - dense.waiting.stop:
+            raise ValueError(f"{dense.recent} tokens in the recent window")
+        self._intake.grouped = take("grouped", torch.int64, streams)
+        self.clusters.splits, self.clusters.moved = (take(name, torch.int64, streams) for name in ("splits", "moved"))
+        index.restore(lambda name, *form: take(f"index.{name}", *form), torch.from_numpy(addresses).to(take.device))
+        held = (dense.position[:, dense.used] >= 0).sum(1) + index.tokens
+        if bool((held > self._seen).any()) or int(dense.position.max()) >= self._seen:
+            raise ValueError("more tokens than were seen")
+        self._tell_storage()
 
     @property
     def index_bytes(self) -> int:
@@ -139,10 +190,14 @@ class DynaKVLayer(CacheLayerMixin):
             output = self._answer_one(self._asked(query, attention_mask, **kwargs)), None
         if left_window:
             self._intake.settle()  # after decoding, when the clusters that this step retrieved are in DRAM
-        if own is not None and (held := self.index_bytes + self.dense_bytes) != self._spent:
+        if own is not None:
+            self._tell_storage()
+        return output
+
+    def _tell_storage(self) -> None:
+        if (held := self.index_bytes + self.dense_bytes) != self._spent:
             self._spent = held
             self.storage.spend(f"layer {self._number}", held)
-        return output
 
     def _located(self, entries: torch.Tensor, mask: Any) -> Tokens:
         """The newest tokens `[S, q, width]` with their positions."""
@@ -245,3 +300,20 @@ class DynaKVLayer(CacheLayerMixin):
         self.clusters.select(streams)
         self.dense.select(streams)
         self._intake.select(streams)
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """A dtype as text, such as `float16`."""
+    return str(dtype).removeprefix("torch.")
+
+
+def dtype_named(name: str) -> torch.dtype:
+    """The floating dtype of that name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"{name!r} is no floating dtype")
+    return dtype

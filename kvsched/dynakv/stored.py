@@ -191,6 +191,10 @@ class StoredClusters:
         shifted = (self._to_device(order) != each) & (each < size[:, :1])
         self.moved.index_add_(0, stream, shifted.sum(1) + size[:, 1])
 
+    def addresses(self) -> np.ndarray:
+        """int64: the addresses of all clusters."""
+        return to_host(self.index.address[self.index.clusters()])
+
     def take_out(self, start: int) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         """Remove all tokens from position `start` on. Clusters left empty keep their number until `index.drop_empty`.
 

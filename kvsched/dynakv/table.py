@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from kvsched_kernels import dot, mix, moments, pack, unpack
@@ -81,6 +83,17 @@ class VectorTable:
         """Keep `streams` (int64, repeats allowed) in this order."""
         for name in ("data", *self._PER_STREAM):
             setattr(self, name, getattr(self, name)[streams])
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Everything that it is made of, by name."""
+        return {name.strip("_"): getattr(self, name) for name in ("data", *self._PER_STREAM)}
+
+    def restore(self, take: Callable[..., torch.Tensor], clusters: int) -> None:
+        """Become what `state` gave, of `clusters` clusters; `take(name, dtype, *shape)` hands the tensors out."""
+        streams, _, columns = self.data.shape
+        self.data = take("data", self.data.dtype, streams, clusters, columns)
+        for name in self._PER_STREAM:
+            setattr(self, name, take(name.strip("_"), torch.float32, *getattr(self, name).shape))
 
     def permute(self, order: torch.Tensor) -> None:
         """Put the clusters of every stream in the order int64 `[S, C]`."""
