@@ -29,8 +29,6 @@ from .trace import LayerTrace, Trace
 ORACLE = "oracle"
 """The exact top-k: as many tokens as budget, sinks and recent window allow, chosen by what they turn out to weigh."""
 
-NAMES = (*POLICIES, ORACLE)
-
 
 @dataclass(frozen=True)
 class Row:
@@ -322,6 +320,7 @@ def configured(policy: str, config: DynaKVConfig) -> DynaKVConfig:
     Raises:
         ConfigError: there is no such policy.
     """
-    if policy not in NAMES:
-        raise ConfigError(f"--policy {policy!r}: choose one of {', '.join(NAMES)}.")
+    names = (*POLICIES, ORACLE)  # as they are now: a user may have entered one
+    if policy not in names:
+        raise ConfigError(f"--policy {policy!r}: choose one of {', '.join(names)}.")
     return replace(config, policy=policy)

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from kvsched import DynaKVConfig, cli, hub
 from kvsched.dynakv.policies import POLICIES
 from kvsched.errors import ConfigError, InputError, TraceError, UnsupportedModelError
-from kvsched.replay import NAMES, configured, replay, select_layers, table
+from kvsched.replay import ORACLE, configured, replay, select_layers, table
 from kvsched.trace import Trace, _RecordedLayer, record
 
 HEADS, GROUP, DIM, TOKENS, PROMPT = 2, 3, 16, 260, 150
@@ -164,7 +164,7 @@ def test_what_cannot_be_recorded(tiny_model, tmp_path: Path) -> None:
         _RecordedLayer(torch.float16).attention(None, None, states, states, states, None, softcap=5.0)
 
 
-@pytest.mark.parametrize("policy", NAMES)
+@pytest.mark.parametrize("policy", [*POLICIES, ORACLE])
 def test_every_policy_measures_the_same_steps(trace: Trace, policy: str) -> None:
     config = configured(policy, DynaKVConfig(budget=48, sinks=4, recent=16))
     outcome = replay(trace, config, trace.layers, every=50)
@@ -191,6 +191,16 @@ def test_with_a_budget_for_all_every_policy_is_exact(trace: Trace, policy: str) 
         assert row.tokens == row.step + 1
         assert row.recall == pytest.approx(1.0) and row.oracle_recall == pytest.approx(1.0)
         assert row.error < 1e-4 and row.error_estimated < 1e-4
+
+
+def test_a_policy_of_ones_own_is_replayed(trace: Trace, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="mine"):
+        configured("mine", DynaKVConfig(budget=16))
+    monkeypatch.setitem(POLICIES, "mine", POLICIES["local"])
+    mine, theirs = (
+        replay(trace, configured(name, DynaKVConfig(budget=16)), (0,), 8).rows for name in ("mine", "local")
+    )
+    assert [row.recall for row in mine] == [row.recall for row in theirs]
 
 
 def test_a_row_against_attention_by_hand(trace: Trace) -> None:
