@@ -8,10 +8,7 @@ import torch
 
 from .attention import Part, cap_scores, softmax_weights
 from .codes import Vectors
-from .dispatch import triton_runs
-
-MAX_DIM = 256
-"""Widest key or value that the Triton kernel takes for half-precision queries, twice as wide as for float32."""
+from .dispatch import too_wide, triton_runs
 
 
 @dataclass(frozen=True)
@@ -99,11 +96,7 @@ def cluster_attention(
         ValueError: shapes or types do not belong together.
     """
     _check(query, pool, runs, estimate)
-    refused, widest = None, MAX_DIM // (2 if query.dtype == torch.float32 else 1)
-    if max(pool.key.shape[1], pool.value.shape[1]) > widest:
-        refused = f"heads of {pool.key.shape[1]} and {pool.value.shape[1]} channels are wider than {widest}"
-    elif query.shape[1] > 64:
-        refused = f"{query.shape[1]} query heads share a KV head, more than 64"
+    refused = too_wide(pool.key.shape[1], pool.value.shape[1], dtype=query.dtype)
     if triton_runs("cluster_attention", query, refused):
         from .gpu.cluster_attention import cluster_attention as kernel
 
@@ -164,7 +157,7 @@ def _rows(part: torch.Tensor, scale: torch.Tensor | None, row: torch.Tensor) -> 
     found = plain.index_select(0, flat).view(part.dtype).float()
     if scale is not None:
         found *= scale.index_select(0, flat).unsqueeze(1)
-    return found.view(*row.shape, -1)
+    return found.view(*row.shape, part.shape[1])
 
 
 def _estimate(
@@ -232,10 +225,10 @@ def reference(
 
 def _check(query: torch.Tensor, pool: Pool, runs: Runs, estimate: Estimate | None) -> None:
     streams, _, dim = query.shape
-    if pool.key.shape[1] != dim or len(pool.key) != len(pool.value):
+    if pool.key.shape[1] != dim or len(pool.key) != len(pool.value) or pool.key.dtype != pool.value.dtype:
         raise ValueError(
-            f"cluster_attention: a query of {dim} channels, keys {tuple(pool.key.shape)} and values "
-            f"{tuple(pool.value.shape)} do not belong together"
+            f"cluster_attention: a query of {dim} channels, keys {tuple(pool.key.shape)} in {pool.key.dtype} and "
+            f"values {tuple(pool.value.shape)} in {pool.value.dtype} do not belong together"
         )
     if len(runs.bounds) != streams + 1 or len(runs.dense) != streams or len(runs.before) != len(runs.start) + 1:
         raise ValueError(f"cluster_attention: runs of {len(runs.bounds) - 1} streams for queries of {streams}")

@@ -29,6 +29,14 @@ def triton_runs(operation: str, tensor: torch.Tensor, refused: str | None = None
     return reason is None
 
 
+def too_wide(*channels: int, dtype: torch.dtype = torch.float16) -> str | None:
+    """Why vectors of so many channels, computed in `dtype`, do not fit a program's registers; `None` if they do."""
+    most = 128 if dtype == torch.float32 else 256
+    if max(channels) <= most:
+        return None
+    return f"vectors of {max(channels)} channels are wider than {most}"
+
+
 @functools.cache
 def unavailable(device: torch.device) -> str | None:
     """Why no Triton kernel can run on `device`; `None` if they can."""

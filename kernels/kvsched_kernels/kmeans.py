@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from .dispatch import triton_runs
+from .dispatch import too_wide, triton_runs
 
 Moments = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """Mean, size and sum of squared deviations of clusters: see `moments`."""
-
-_WIDEST = 256
-"""Channels that a Triton kernel holds in registers."""
 
 _MOST_IN_A_SET = 64
 """Points of a set to split that a Triton kernel holds in registers."""
@@ -32,7 +29,7 @@ def nearest(points: torch.Tensor, centroid: torch.Tensor, mask: torch.Tensor) ->
     Returns:
         label int64 `[S, n]` and squared distance float32 `[S, n]` (infinite in a stream without clusters).
     """
-    if triton_runs("nearest", points, _refused(points)):
+    if triton_runs("nearest", points):
         from .gpu.kmeans import nearest as kernel
 
         return kernel(points, centroid, mask)
@@ -62,7 +59,7 @@ def moments(points: torch.Tensor, label: torch.Tensor, clusters: int, by_channel
         centroid float32 `[S, C, D]`, size int64 `[S, C]`, deviation float32 `[S, C]` (summed over channels) or, by
         channel, `[S, C, D]`. A cluster without points has centroid 0.
     """
-    if triton_runs("moments", points, _refused(points)):
+    if triton_runs("moments", points, too_wide(points.shape[2])):
         from .gpu.kmeans import moments as kernel
 
         return kernel(points, label, clusters, by_channel)
@@ -92,7 +89,7 @@ def update(before: Moments, points: torch.Tensor, label: torch.Tensor) -> Moment
     """
     centroid, size, deviation = before
     by_channel = deviation.ndim == 3
-    if triton_runs("update", points, _refused(points)):
+    if triton_runs("update", points, too_wide(points.shape[2])):
         from .gpu.kmeans import moments as kernel
 
         return kernel(points, label, centroid.shape[1], by_channel, before)
@@ -193,7 +190,7 @@ def two_means(
     Returns:
         bool `[N, m]`, True for the second half, False where masked.
     """
-    refused = _refused(points)
+    refused = too_wide(points.shape[2])
     if points.shape[1] > _MOST_IN_A_SET:
         refused = f"sets of {points.shape[1]} points are larger than {_MOST_IN_A_SET}"
     if triton_runs("two_means", points, refused):
@@ -287,7 +284,3 @@ def divide(
         new = clusters[stream] + torch.arange(len(stream), device=label.device) - (grown.cumsum(0) - grown)[stream]
         label[rows[second], point[second]] = new.unsqueeze(1).expand_as(point)[second]
         clusters += grown
-
-
-def _refused(points: torch.Tensor) -> str | None:
-    return f"vectors of {points.shape[-1]} channels are wider than {_WIDEST}" if points.shape[-1] > _WIDEST else None

@@ -6,7 +6,7 @@ import torch
 
 from .attention import cap_scores, softmax_weights
 from .codes import Vectors
-from .dispatch import triton_runs
+from .dispatch import too_wide, triton_runs
 
 
 def cluster_worth(
@@ -20,7 +20,7 @@ def cluster_worth(
     """What a token of each cluster is worth: its share of the attention, by the mean key, summed over the query heads.
 
     Args:
-        query: `[S, G, D]`, floating; D at most 256.
+        query: `[S, G, D]`, floating.
         means: mean keys of C clusters.
         size: integer `[S, C]`, tokens; 0 where there is no cluster, which is worth 0.
         scaling, softcap: as in `decode_attention`.
@@ -30,7 +30,7 @@ def cluster_worth(
     Returns:
         float32 `[S, C]`.
     """
-    if triton_runs("cluster_worth", query, f"heads of {query.shape[2]} are too wide" if query.shape[2] > 256 else None):
+    if triton_runs("cluster_worth", query, too_wide(query.shape[2], dtype=query.dtype)):
         from .gpu.select import cluster_worth as kernel
 
         return kernel(query, means, size, scaling, elsewhere, softcap)

@@ -9,7 +9,7 @@ import triton.language as tl
 
 from .common import columns, precision
 
-_POINTS, _CENTROIDS = 32, 32
+_POINTS, _CENTROIDS, _CHANNELS = 32, 64, 32
 
 
 @triton.jit
@@ -20,28 +20,34 @@ def _nearest_kernel(
 ):  # fmt: skip
     stream = tl.program_id(0).to(tl.int64)
     point = tl.program_id(1).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
-    channel = tl.arange(0, BLOCK_D)
-    there = channel < dim
+    column = tl.arange(0, BLOCK_D)
     centroid += stream * centroid_stride
-    origin = tl.load(centroid + channel, mask=there, other=0.0)
-    inside = (point < n)[:, None] & there[None, :]
-    place = points + stream * points_stride + point[:, None] * point_row + channel[None, :]
-    # Keys with a large common offset lose nothing when squares are expanded around a centroid.
-    p = tl.where(inside, tl.load(place, mask=inside, other=0.0) - origin[None, :], 0.0)
+    points += stream * points_stride + point[:, None] * point_row
+    own = tl.zeros([BLOCK_P], tl.float32)
     best = tl.full([BLOCK_P], float("inf"), tl.float32)
     label = tl.zeros([BLOCK_P], tl.int32)
     for begin in range(0, clusters, BLOCK_C):
         cluster = begin + tl.arange(0, BLOCK_C)
         live = tl.load(mask + stream * mask_stride + cluster, mask=cluster < clusters, other=0) != 0
-        inside = live[:, None] & there[None, :]
-        row = centroid + cluster.to(tl.int64)[:, None] * centroid_row + channel[None, :]
-        c = tl.where(inside, tl.load(row, mask=inside, other=0.0) - origin[None, :], 0.0)
-        norm = tl.where(live, tl.sum(c * c, 1), float("inf"))
-        square = norm[None, :] - 2.0 * tl.dot(p, tl.trans(c), input_precision=PRECISION)
+        row = centroid + cluster.to(tl.int64)[:, None] * centroid_row
+        own, norm = tl.zeros([BLOCK_P], tl.float32), tl.zeros([BLOCK_C], tl.float32)
+        product = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+        for first in range(0, dim, BLOCK_D):
+            channel = first + column
+            there = (channel < dim)[None, :]
+            # Keys with a large common offset lose nothing when squares are expanded around a centroid.
+            origin = tl.load(centroid + channel, mask=channel < dim, other=0.0)[None, :]
+            here = (point < n)[:, None] & there
+            p = tl.where(here, tl.load(points + channel[None, :], mask=here, other=0.0) - origin, 0.0)
+            known = live[:, None] & there
+            c = tl.where(known, tl.load(row + channel[None, :], mask=known, other=0.0) - origin, 0.0)
+            own += tl.sum(p * p, 1)
+            norm += tl.sum(c * c, 1)
+            product = tl.dot(p, tl.trans(c), product, input_precision=PRECISION)
+        square = tl.where(live, norm, float("inf"))[None, :] - 2.0 * product
         least, where = tl.min(square, 1, return_indices=True)
         label = tl.where(least < best, begin + where, label)
         best = tl.minimum(best, least)
-    own = tl.sum(p * p, 1)
     distance = tl.where(own != own, own, tl.maximum(best + own, 0.0))
     tl.store(label_out + stream * n + point, label.to(tl.int64), mask=point < n)
     tl.store(distance_out + stream * n + point, distance, mask=point < n)
@@ -150,7 +156,7 @@ def nearest(points: torch.Tensor, centroid: torch.Tensor, mask: torch.Tensor) ->
             points, centroid, mask, label, distance,
             points.stride(0), points.stride(1), centroid.stride(0), centroid.stride(1), mask.stride(0),
             n, centroid.shape[1], dim,
-            PRECISION=precision(), BLOCK_P=_POINTS, BLOCK_C=_CENTROIDS, BLOCK_D=columns(dim, 16), num_warps=8,
+            PRECISION=precision(), BLOCK_P=_POINTS, BLOCK_C=_CENTROIDS, BLOCK_D=_CHANNELS, num_warps=8,
         )  # fmt: skip
     return label, distance
 

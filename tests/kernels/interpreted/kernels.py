@@ -5,6 +5,8 @@ Every address that a kernel loads from or stores to is checked: it must lie in a
 
 from __future__ import annotations
 
+import math
+import mmap
 from collections.abc import Iterator
 
 import numpy as np
@@ -19,6 +21,7 @@ from triton.runtime import interpreter
 from kvsched_kernels import (
     Pool,
     Runs,
+    Vectors,
     choose_clusters,
     cluster_worth,
     dequantize,
@@ -77,6 +80,8 @@ def _every_address_is_checked() -> Iterator[None]:
         return multiply(self, widened(a), widened(b), *args)
 
     with pytest.MonkeyPatch.context() as patch:
+        # On a CPU the kernels work on the tensors themselves: copying them back would only touch all their memory.
+        patch.setattr(interpreter.GridExecutor, "_restore_args_dev", lambda *args: None)
         patch.setattr(interpreter.InterpreterBuilder, "create_dot", dot)
         patch.setattr(interpreter.GridExecutor, "_init_args_hst", launched)
         patch.setattr(interpreter.InterpreterBuilder, "create_masked_load", checked_load)
@@ -162,6 +167,29 @@ def test_one_token_and_none():
     torch.testing.assert_close(output[0], key.expand(2, -1))
     assert torch.equal(output[1], torch.zeros(2, 32))
     assert total[1].isneginf().all()
+
+
+def test_offsets_past_two_billion_numbers():
+    memory = mmap.mmap(-1, 2**31 + 4096)  # of which a few pages are touched
+    numbers = torch.frombuffer(memory, dtype=torch.int8)
+    far = numbers.as_strided((2, 32), (2**31, 1))
+    far[0], far[1] = 1, torch.arange(32) + 1
+    row = torch.ones(1, dtype=torch.long)
+    runs = Runs.of(row, row, torch.tensor([0, 1]), torch.tensor([0]))
+    output, _ = cluster_attention(
+        torch.randn(1, 1, 32), Pool(far, far, *torch.ones(2, 2)), runs, 1.0, slices=1, block=16
+    )
+    assert torch.equal(output[0, 0], far[1].float())
+    step, centre = torch.ones(2, 1, 1).expand(2, 1, 32), torch.zeros(2, 1, 1).expand(2, 1, 32)
+    turned = codec.code(far.unsqueeze(1), torch.empty(2, 1, 32), None, (step, centre), decode=True)
+    assert torch.equal(turned[1, 0], far[1].float())
+    means = Vectors(
+        far.view(torch.uint8).as_strided((1, 2, 32), (1, 2**31, 1)), 8, torch.ones(1, 1, 32), torch.zeros(1, 1, 32)
+    )
+    size, query = torch.ones(1, 2, dtype=torch.uint8), torch.full((1, 1, 32), 0.01)
+    elsewhere = torch.zeros(1, 1)
+    worth = select.cluster_worth(query, means, size, 1.0, elsewhere)
+    torch.testing.assert_close(worth, torch.tensor([[0.32, 5.28]]).exp() / (1 + math.exp(0.32) + math.exp(5.28)))
 
 
 @settings(max_examples=15, deadline=None)
