@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,6 +35,9 @@ app.add_typer(model, name="model")
 
 trace = typer.Typer(help="Record what attention sees in a real run, and judge policies on it.", no_args_is_help=True)
 app.add_typer(trace, name="trace")
+
+evaluate = typer.Typer(help="Measure answers through the caches and their peers: quality, bytes, seconds.")
+app.add_typer(evaluate, name="eval", no_args_is_help=True)
 
 _Name = Annotated[str | None, typer.Argument(help="A folder or a name on the hub; without it the default model.")]
 
@@ -200,3 +205,40 @@ def trace_replay(
     if json_file is not None:
         write_rows(outcomes, json_file)
     typer.echo(table(outcomes))
+
+
+@evaluate.command("run")
+def eval_run(
+    suite: Annotated[str, typer.Argument(help="smoke, local or full, or a YAML file like those in configs/evals.")],
+    out: Annotated[
+        Path | None, typer.Option(help="The result file, <suite>.jsonl without it; an unfinished one grows.")
+    ] = None,
+    name: Annotated[str | None, typer.Option("--model", help="A folder or a name on the hub.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Questions of each task at most.", min=1)] = None,
+) -> None:
+    """Ask a suite's questions through all of its caches; interrupted, the same command goes on."""
+    try:
+        from kvsched_evals.run import run
+        from kvsched_evals.suite import Suite
+    except ImportError as error:
+        raise ImportError(f"{error}. Evaluations need: pip install 'kvsched[eval]'.") from error
+    from .hub import load_model
+
+    read = Suite.load(suite).limited(limit)
+    model, tokenizer = load_model(name)
+    path = out or Path(f"{read.name}.jsonl")
+    run(read, model, tokenizer, path, shlex.join(["kvsched", *sys.argv[1:]]), typer.echo)
+    typer.echo(path)
+
+
+@evaluate.command("report")
+def eval_report(
+    files: Annotated[list[Path], typer.Argument(help="Finished result files.")],
+    out: Annotated[Path, typer.Option(help="The page to write; its table stands beside it as Markdown.")] = Path(
+        "report.html"
+    ),
+) -> None:
+    """Make one page and one table of result files."""
+    from kvsched_evals.report import write
+
+    typer.echo(write(files, out))

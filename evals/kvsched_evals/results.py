@@ -75,6 +75,8 @@ class Question(Cell):
         joules: that the machine's counters measured in `seconds`, or `None` where it has none.
     """
 
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
     question: str
     metric: str
     score: Finite

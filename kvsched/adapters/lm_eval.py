@@ -12,6 +12,7 @@ python -m kvsched.adapters.lm_eval --model kvsched --tasks hellaswag \\
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
@@ -106,12 +107,16 @@ class KVSchedLM(HFLM):
         """
         cache, n = self.new_cache(), ids.shape[1]
         cache.activate_past_recording()  # sliding layers, too, have to be cropped between two continuations
-        if hasattr(cache, "load") and n > 1:
-            cache.load(self.model, ids, mask)
-        step = self.prefill_chunk or max(n, 1)
-        for start in range(cache.get_seq_length(), n, step):
-            part = slice(start, min(start + step, n))
-            self._forward(ids[:, part], mask[:, : part.stop], cache, logits_to_keep=1)
+        loads, step = n > 1 and hasattr(cache, "loading"), self.prefill_chunk or max(n, 1)
+        with cache.loading(self.model, ids, mask) if loads else contextlib.nullcontext():
+            for start in range(cache.get_seq_length(), n, step):
+                part = slice(start, min(start + step, n))
+                self._forward(ids[:, part], mask[:, : part.stop], cache, logits_to_keep=1)
+        return cache
+
+    def rewound(self, cache: Cache, tokens: int) -> Cache:
+        """The cache without the `tokens` tokens that came after the prompt."""
+        cache.crop(-tokens)
         return cache
 
     def _forward(self, ids: torch.Tensor, mask: torch.Tensor, cache: Cache, **kwargs: Any) -> torch.Tensor:
@@ -187,7 +192,7 @@ class KVSchedLM(HFLM):
                 for row, score in zip(part, scores, strict=True):
                     score.add(row)
             if turn < rounds - 1:
-                cache.crop(-tokens.shape[1])
+                cache = self.rewound(cache, tokens.shape[1])
             for context, path, score in zip(contexts, paths, scores, strict=True):
                 if turn < len(context.paths):
                     yield from ((number, score.of(last)) for number, last in context.paths[path])

@@ -62,6 +62,7 @@ def publish(
     store: str | os.PathLike[str] | None = None,
     config: SparKVConfig | Mapping[str, Any] | None = None,
     dry_run: bool = False,
+    computed: PrefixCache | None = None,
 ) -> PublishReport:
     """Compute the KV cache of a context and write it to a store, for `SparKVCache` to load.
 
@@ -78,6 +79,7 @@ def publish(
         config: codec, chunk size and tenant; a reader needs the same.
         dry_run: put nothing into the store; the report says what would be written. A chunk is computed if none is
             published, to know its size.
+        computed: the context's keys and values, where they are there already; without it they are computed here.
 
     Raises:
         ConfigError: no store is named.
@@ -116,13 +118,13 @@ def publish(
         estimate = report.chunks_written * size
         return replace(report, bytes_written=estimate, seconds=time.perf_counter() - begin)
 
-    cache = PrefixCache(model.config, grid.tokens)
+    cache = PrefixCache(model.config, grid.tokens) if computed is None else computed
     reused = len(entries) if config.codec in _EXACT or report.chunks_written == 0 else 0
-    if reused and report.chunks_written:
+    if reused and report.chunks_written and computed is None:
         _load(cache, model, input_ids, published, target, config)
     bytes_written = chunks_written = 0
     for chunk, address in enumerate(tqdm(prefix.addresses, desc="publish", unit="chunk")):
-        if chunk >= reused:
+        if chunk >= reused and computed is None:
             span = grid.span(chunk)
             cache.compute(model, input_ids[:, span], span.start)
         if chunk >= len(published.chunks):

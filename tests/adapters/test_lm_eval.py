@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
@@ -16,7 +17,6 @@ import yaml
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.cache_utils import Cache, DynamicCache
 
@@ -31,13 +31,8 @@ CONTINUATIONS = [" runs away", " sleeps", "!", "?", " runs off", " a rather long
 
 
 @pytest.fixture(scope="session")
-def tokenizer() -> PreTrainedTokenizerFast:
-    """One token for each byte, which is all that the tiny models know."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    inner = Tokenizer(models.BPE({letter: number for number, letter in enumerate(alphabet)}, []))
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    inner.decoder = decoders.ByteLevel()
-    made = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token=alphabet[0], pad_token=alphabet[0])
+def tokenizer(byte_tokenizer) -> PreTrainedTokenizerFast:
+    made = copy.copy(byte_tokenizer)
     made.chat_template = TEMPLATE
     return made
 

@@ -1,0 +1,171 @@
+"""`kvsched eval run`: asks every question of a suite through all of its caches, and keeps what came out."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import random
+import statistics
+import sys
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import disable_progress_bars
+from lm_eval.api.instance import Instance
+from lm_eval.api.task import Task
+from lm_eval.tasks import TaskManager
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from kvsched.errors import DataNotFoundError
+
+from . import data
+from .machine import describe
+from .measure import MeasuredLM, Prompts, ask
+from .results import Cell, Header, Question, ResultFile
+from .suite import Suite, TaskEntry
+
+Show = Callable[[str], None]
+
+
+def run(
+    suite: Suite,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    path: Path,
+    command: str,
+    show: Show = print,
+) -> list[Question]:
+    """Ask what a suite asks, or what is left of it, and write each finished question to `path`.
+
+    Args:
+        command: that started the run; it stands in the file.
+        show: takes a line for each finished cell.
+
+    Raises:
+        DataNotFoundError: a task's data is not on this machine.
+        ResultError: `path` holds the results of another run.
+    """
+    header = Header(
+        version=version("kvsched"),
+        suite=suite.name,
+        command=command,
+        model=Path(model.name_or_path).name,
+        seeds=suite.seeds,
+        cells=suite.cells,
+        machine=describe(),
+    )
+    file = ResultFile(path.resolve(), header)
+    if file.finished:
+        return file.questions
+    total = sum(entry.limit for entry, _, _ in suite.groups) * len(suite.variants)
+    with quiet(), mirrors(), tqdm(total=total, desc=suite.name, unit="answer", file=sys.stderr) as bar:
+        prompts = Prompts()
+        models = [MeasuredLM(model, tokenizer, variant, prompts) for variant in suite.variants]
+        for entry, context, seed in suite.groups:
+            cells = [suite.cell(entry.task, context, seed, one.variant) for one in models]
+            _ask_all(file, models, cells, entry, bar)
+            for cell, lm in zip(cells, models, strict=True):
+                bar.clear()
+                show(summary(cell, lm.variant, [one for one in file.questions if one.cell == cell]))
+    file.finish()
+    return file.questions
+
+
+def _ask_all(file: ResultFile, models: list[MeasuredLM], cells: list[Cell], entry: TaskEntry, bar: tqdm[Any]) -> None:
+    """The questions of one task, context and seed: each through all caches before the next one."""
+    finished = {(one.cell, one.question) for one in file.questions}
+    full = models[0]
+    task, questions = build(entry, cells[0].context, cells[0].seed, full)
+    bar.total = (bar.total or 0) + (len(questions) - entry.limit) * len(models)  # a task may have fewer
+    for number, instances in questions.items():
+        left = {cell for cell in cells if (cell, number) not in finished}
+        bar.update(len(cells) - len(left))
+        if not left:
+            continue
+        for lm, cell in zip(models, cells, strict=True):
+            if cell in left or lm is full:  # whose answer all others are compared with
+                answered = ask(lm, task, instances, full, cell)
+            if cell in left:
+                file.append(answered)
+                bar.update()
+
+
+def build(entry: TaskEntry, context: int | None, seed: int, lm: MeasuredLM) -> tuple[Task, dict[str, list[Instance]]]:
+    """A task and its questions: for each, by its number in the task, what is asked of the model.
+
+    Raises:
+        DataNotFoundError: the task's data is not on this machine.
+    """
+    lengths = {} if context is None else {"max_seq_lengths": [context]}
+    metadata = {"pretrained": lm.model.name_or_path, **lengths}
+    random.seed(seed)  # RULER makes its questions up as it is loaded
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    manager = TaskManager(include_path=str(data.TASKS), metadata=metadata)
+    try:
+        task = manager.load([entry.task])["tasks"][entry.task]
+    except (OSError, KeyError) as error:
+        raise DataNotFoundError(
+            f"the task {entry.task} cannot be loaded: {error}. If its data is missing, run `{data.COMMAND}`."
+        ) from error
+    if entry.num_fewshot is not None or task.get_config("num_fewshot") is None:
+        task.set_config("num_fewshot", entry.num_fewshot or 0)
+    task.set_fewshot_seed(seed=seed)
+    if entry.max_gen_toks is not None:
+        task.set_config("generation_kwargs", {"max_gen_toks": entry.max_gen_toks}, update=True)
+    task.build_all_requests(
+        limit=entry.limit,
+        rank=0,
+        world_size=1,
+        apply_chat_template=entry.chat,
+        chat_template=lm.apply_chat_template if entry.chat else None,
+        tokenizer_name=lm.tokenizer_name,
+    )
+    questions: dict[str, list[Instance]] = {}
+    for instance in task.instances:
+        questions.setdefault(str(instance.doc_id), []).append(instance)
+    return task, questions
+
+
+def summary(cell: Cell, name: object, questions: list[Question]) -> str:
+    """A finished cell in one line."""
+    scores = [one.score for one in questions]
+    error = statistics.stdev(scores) / math.sqrt(len(scores)) if len(scores) > 1 else math.nan
+    divergence = statistics.fmean(value for one in questions for value in one.kl)
+    seconds = statistics.fmean(one.seconds for one in questions)
+    length = "" if cell.context is None else f" {cell.context}"
+    return (
+        f"{cell.task}{length}, {name}: {questions[0].metric} {statistics.fmean(scores):.3f} ± {error:.3f} "
+        f"of {len(scores)}, KL {divergence:.4f}, {seconds:.1f} s"
+    )
+
+
+@contextlib.contextmanager
+def mirrors() -> Iterator[None]:
+    """The mirrors where they are; tasks that need no data run without."""
+    try:
+        data.directory()
+    except DataNotFoundError:
+        yield
+        return
+    with data.mirrored():
+        yield
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without the progress and warnings of the libraries underneath, which would drown a run of hours."""
+    transformers_logging.set_verbosity_error()
+    disable_progress_bars()
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)

@@ -1,0 +1,135 @@
+"""Runs of suites: every question through every cache, resumed where they were; the smoke suite on the real model."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from click.testing import Result
+from typer.testing import CliRunner
+
+from kvsched import cli, hub
+from kvsched_evals import data
+from kvsched_evals import run as runs
+from kvsched_evals.results import Cell, Question, ResultError, read
+from kvsched_evals.suite import Suite
+
+SUITE = {
+    "tasks": [{"task": "sums", "limit": 3}],
+    "caches": [{"cache": "full"}, {"cache": "hf-quantized", "codec": ["fp8"]}],
+}
+
+
+@pytest.fixture
+def suite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A suite of one small multiple-choice task, beside the task's own file."""
+    rows = [{"question": f"{n} plus {n}?", "choices": [str(2 * n), "none"], "answer": 0} for n in range(5)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = {
+        "task": "sums",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.jsonl")}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{question}}",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "{{answer}}",
+        "metric_list": [{"metric": "acc"}],
+    }
+    (tmp_path / "sums.yaml").write_text(yaml.safe_dump(task))
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(SUITE))
+    monkeypatch.setattr(data, "TASKS", tmp_path)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "own.yaml"
+
+
+@pytest.fixture
+def command(tiny_model, byte_tokenizer, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+    """`kvsched eval run` with a random model."""
+    monkeypatch.setattr(hub, "load_model", lambda name: (tiny_model("qwen2"), byte_tokenizer))
+
+    def run(*arguments: str | Path) -> Result:
+        words = ["eval", "run", *map(str, arguments)]
+        monkeypatch.setattr(sys, "argv", ["kvsched", *words])
+        return CliRunner().invoke(cli.app, words)
+
+    return run
+
+
+def test_a_run_asks_every_question_through_every_cache(suite: Path, command, tmp_path: Path) -> None:
+    out = tmp_path / "own.jsonl"
+    ran = command(suite, "--out", out)
+    assert ran.exit_code == 0, ran.output
+    found = read(out)
+    assert found.header.command == f"kvsched eval run {suite} --out {out}"
+    assert [(one.cache, one.question) for one in found.questions] == [
+        (cache, number) for number in "012" for cache in ("full", "hf-quantized")
+    ]
+    assert all(one.metric == "acc" and one.score in (0, 1) for one in found.questions)
+    *cells, path = ran.stdout.splitlines()
+    assert path == str(out)
+    assert [line.partition(":")[0] for line in cells] == ["sums, full", "sums, hf-quantized fp8"]
+
+
+def test_a_run_goes_on_where_it_was(suite: Path, command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, asked, ask = tmp_path / "own.jsonl", [], runs.ask
+
+    def interrupted(lm: Any, task: Any, instances: Any, reference: Any, cell: Cell) -> Question:
+        asked.append((cell.cache, str(instances[0].doc_id)))
+        if len(asked) == 4:
+            raise KeyboardInterrupt
+        return ask(lm, task, instances, reference, cell)
+
+    monkeypatch.setattr(runs, "ask", interrupted)
+    assert command(suite, "--out", out).exit_code != 0
+    with pytest.raises(ResultError, match="unfinished"):
+        read(out)
+    assert command(suite, "--out", out).exit_code == 0
+    # The full cache is asked again, for the other to be compared with it, but its answer stands already.
+    assert asked[4:] == [("full", "1"), ("hf-quantized", "1"), ("full", "2"), ("hf-quantized", "2")]
+    assert len(read(out).questions) == 6
+    before = out.read_bytes()
+    assert command(suite, "--out", out).exit_code == 0
+    assert (out.read_bytes(), len(asked)) == (before, 8)
+
+
+def test_limit_asks_fewer_questions(suite: Path, command, tmp_path: Path) -> None:
+    out = tmp_path / "own.jsonl"
+    assert command(suite, "--out", out, "--limit", "1").exit_code == 0
+    assert {one.question for one in read(out).questions} == {"0"}
+
+
+def test_missing_data_says_what_fetches_it(suite: Path, command, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").unlink()
+    ran = command(suite, "--out", tmp_path / "own.jsonl")
+    assert ran.exit_code == 1
+    assert "make eval-data" in ran.stderr
+
+
+@pytest.mark.real_model
+def test_the_smoke_suite_on_the_real_model(real_model, tmp_path: Path) -> None:
+    """A question of each task; the caches that keep everything give the full cache's answer."""
+    suite = Suite.load("smoke").limited(1)
+    kept = [
+        {"cache": "full"},
+        {"cache": "dynakv", "policy": ["dynakv"], "budget": [0.1, 1.0], "options": {"dram": "64MiB"}},
+        {"cache": "sparkv", "codec": ["lossless", "balanced"]},
+    ]
+    suite = Suite.model_validate({**suite.model_dump(), "caches": kept})
+    found = runs.run(suite, *real_model, tmp_path / "smoke.jsonl", "test", lambda line: None)
+    assert read(tmp_path / "smoke.jsonl").questions == found
+    assert len(found) == len(suite.tasks) * 5
+    for full, some, everything, lossless, balanced in zip(*[iter(found)] * 5, strict=True):
+        assert full.score == everything.score == lossless.score
+        assert max(full.kl) == 0
+        assert max(everything.kl + lossless.kl) < 1e-4
+        assert 0 < statistics.fmean(balanced.kl) < 0.05
+        assert statistics.fmean(some.kl) > 0
+        assert some.bytes_read > 0
+        assert balanced.bytes_read < lossless.bytes_read
