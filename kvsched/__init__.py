@@ -1,5 +1,6 @@
 """kvsched: load a long context's KV cache faster (SparKV), decode past what memory holds (DynaKV)."""
 
+from .compose import SparKVDynaKVCache
 from .config import DynaKVConfig, SparKVConfig
 from .dynakv.cache import DynaKVCache
 from .generation import disable, enable
@@ -12,6 +13,7 @@ __all__ = [
     "DynaKVConfig",
     "SparKVCache",
     "SparKVConfig",
+    "SparKVDynaKVCache",
     "disable",
     "enable",
     "load_model",

@@ -1,4 +1,4 @@
-"""Teaches `generate()` the cache names `sparkv` and `dynakv`.
+"""Teaches `generate()` the cache names `sparkv`, `dynakv` and `sparkv+dynakv`.
 
 Three places of transformers are touched, all undone by `disable()`:
 
@@ -17,11 +17,16 @@ from transformers.generation import configuration_utils
 from transformers.generation.utils import GenerationMixin
 
 from . import attention
+from .compose import SparKVDynaKVCache
 from .dynakv.cache import DynaKVCache
 from .errors import InputError, UnsupportedModelError
 from .sparkv.cache import SparKVCache
 
-CACHES: dict[str, type[SparKVCache] | type[DynaKVCache]] = {"sparkv": SparKVCache, "dynakv": DynaKVCache}
+CACHES: dict[str, type[SparKVCache] | type[DynaKVCache]] = {
+    "sparkv": SparKVCache,
+    "dynakv": DynaKVCache,
+    "sparkv+dynakv": SparKVDynaKVCache,
+}
 
 _original_names = configuration_utils.ALL_CACHE_IMPLEMENTATIONS
 _original_prepare = GenerationMixin._prepare_cache_for_generation
@@ -61,7 +66,7 @@ def _prefill(
     mask = model_kwargs.get("attention_mask")
     if isinstance(cache, tuple(CACHES.values())):
         _refuse_right_padding(mask)
-    if isinstance(cache, SparKVCache) and model_kwargs.get("inputs_embeds") is None:
+    if isinstance(cache, (SparKVCache, SparKVDynaKVCache)) and model_kwargs.get("inputs_embeds") is None:
         with cache.loading(self, input_ids, mask):
             return _original_prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs)
     return _original_prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs)
@@ -76,7 +81,7 @@ def _refuse_right_padding(mask: torch.Tensor | None) -> None:
 
 
 def enable() -> None:
-    """Let transformers know both caches: by name in `generate()`, and in plain `model(...)` calls.
+    """Let transformers know the caches: by name in `generate()`, and in plain `model(...)` calls.
 
     Importing kvsched has done it already; call it after `disable()`. Calling it twice changes nothing.
     """

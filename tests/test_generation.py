@@ -72,7 +72,7 @@ def test_disable_takes_everything_back_and_enable_does_it_again(tiny_model, opti
         kvsched.enable()
         kvsched.enable()
     names = configuration_utils.ALL_CACHE_IMPLEMENTATIONS
-    assert names == (*generation._original_names, "sparkv", "dynakv")
+    assert names == (*generation._original_names, *generation.CACHES)
     model.generate(IDS, **GREEDY, cache_implementation="dynakv", cache_config=options["dynakv"])
 
 

@@ -145,9 +145,8 @@ class DynaKVCache(Cache):
         """
         resume.save(Path(path), self._config, self.options, self._storage, self.layers)
 
-    @classmethod
+    @staticmethod
     def load(
-        cls,
         path: str | os.PathLike[str],
         config: PreTrainedConfig,
         device: torch.device | str = "cpu",
@@ -168,7 +167,7 @@ class DynaKVCache(Cache):
             FlashError: the folder holds no complete, unaltered save of such a model's cache.
         """
         saved = Saved(Path(path))
-        cache = cls(config, resume.saved_options(saved, config, changes))
+        cache = DynaKVCache(config, resume.saved_options(saved, config, changes))
         try:
             resume.restore(saved, cache._storage, cache.layers, torch.device(device))
         except BaseException:

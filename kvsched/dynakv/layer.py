@@ -199,6 +199,24 @@ class DynaKVLayer(CacheLayerMixin):
             self._spent = held
             self.storage.spend(f"layer {self._number}", held)
 
+    def take_in(self, keys: torch.Tensor, values: torch.Tensor, real: torch.Tensor) -> None:
+        """Take in the first tokens `[B, H, n, D]`, which were computed elsewhere: no attention is asked for.
+
+        Args:
+            real: bool `[B, n]`, False for padding.
+
+        Raises:
+            FlashError: the cluster file could not be written or grown.
+        """
+        if not self.is_initialized:
+            self.lazy_initialization(keys, values)
+        self._seen = keys.shape[2]
+        entries = torch.cat([keys, values], dim=-1).view(self.clusters.streams, -1, self._form.width)
+        position = torch.where(real.to(self.device), torch.arange(self._seen, device=self.device), -1)
+        if self._intake.take(entries, position.repeat_interleave(self._kv_heads, dim=0)):
+            self._intake.settle()
+        self._tell_storage()
+
     def _located(self, entries: torch.Tensor, mask: Any) -> Tokens:
         """The newest tokens `[S, q, width]` with their positions."""
         streams, new, _ = entries.shape

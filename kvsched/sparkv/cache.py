@@ -200,7 +200,7 @@ class SparKVCache(DynamicCache):
                 self._taking = _Taking(loader, batch, set(range(len(self.layers))))
                 yield
                 for layer in tuple(self._taking.left):
-                    self._take(layer)
+                    self.take(layer)
         except BaseException:
             self.reset()
             raise
@@ -209,10 +209,9 @@ class SparKVCache(DynamicCache):
         self._note(loader.result())
         self._start_refining(loader)
 
-    def _take(self, layer: int) -> None:
-        """Wait for a layer of the prefix and hand it to the layer that transformers uses."""
-        assert self._taking is not None
-        if layer in self._taking.left:
+    def take(self, layer: int) -> None:
+        """Wait for a layer of a prefix that is being loaded, so that `layers[layer]` holds it."""
+        if self._taking is not None and layer in self._taking.left:
             self._taking.left.remove(layer)
             self._taking.loader.complete(layer)
             loaded = self._taking.loader.cache.layers[layer]
@@ -223,8 +222,7 @@ class SparKVCache(DynamicCache):
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As in DynamicCache; waits for this layer if it is loading, and takes over what has come to refine it."""
-        if self._taking is not None:
-            self._take(layer_idx)
+        self.take(layer_idx)
         if self._refiner is not None:
             self._take_refined(layer_idx)
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
