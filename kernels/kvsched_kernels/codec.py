@@ -58,7 +58,7 @@ def dequantize(
 
         target = torch.empty(symbols.shape, dtype=dtype, device=symbols.device)
         return code(symbols, target, waves, (step.expand(symbols.shape), centre.expand(symbols.shape)), decode=True)
-    numbers = symbols.float().add_(centre).mul_(step)
+    numbers = symbols.float().add_(centre).mul_(step).contiguous()
     return (numbers if waves is None else _turn(numbers, waves)).to(dtype)
 
 
@@ -66,7 +66,8 @@ def _turn(numbers: torch.Tensor, waves: Waves) -> torch.Tensor:
     cos, sin = waves
     pairs = cos.shape[1]
     first, second = numbers[..., :pairs], numbers[..., pairs : 2 * pairs]
-    turned = numbers.clone(memory_format=torch.contiguous_format)
-    turned[..., :pairs].mul_(cos).addcmul_(second, sin, value=-1.0)
-    turned[..., pairs : 2 * pairs].mul_(cos).addcmul_(first, sin)
+    turned = torch.empty(numbers.shape, device=numbers.device)
+    torch.mul(first, cos, out=turned[..., :pairs]).addcmul_(second, sin, value=-1.0)
+    torch.mul(second, cos, out=turned[..., pairs : 2 * pairs]).addcmul_(first, sin)
+    turned[..., 2 * pairs :] = numbers[..., 2 * pairs :]
     return turned

@@ -42,6 +42,10 @@ class Vectors:
         return mix(weight, self.data, self.bits, dim) * self.step + weight.sum(-1, keepdim=True) * self.offset
 
 
+_AT_ONCE = 1 << 20
+"""Numbers that are unpacked at once: they stay in the processor's cache, and memory is not asked for anew each time."""
+
+
 def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """Codes below `2 ** bits` in bytes: uint8 `[..., D]` to uint8 `[..., ceil(D * bits / 8)]`.
 
@@ -67,6 +71,21 @@ def unpack(packed: torch.Tensor, bits: int, dim: int) -> torch.Tensor:
 
 def dot(query: torch.Tensor, packed: torch.Tensor, bits: int) -> torch.Tensor:
     """Products of queries with codes: float32 `[S, G, C]` for `query` `[S, G, D]` and `packed` `[S, C, W]`."""
+    return torch.cat([_dot(query, piece, bits) for piece in _pieces(packed, query.shape[2])], dim=-1)
+
+
+def mix(weight: torch.Tensor, packed: torch.Tensor, bits: int, dim: int) -> torch.Tensor:
+    """Sums of codes: float32 `[S, G, dim]` for float32 `weight` `[S, G, C]` and `packed` `[S, C, W]`."""
+    pieces = _pieces(packed, dim)
+    sums = [_mix(*both, bits) for both in zip(weight.split(pieces[0].shape[1], dim=2), pieces, strict=True)]
+    return (torch.stack(sums).sum(0) if len(sums) > 1 else sums[0])[..., :dim]
+
+
+def _pieces(packed: torch.Tensor, dim: int) -> tuple[torch.Tensor, ...]:
+    return packed.split(max(1, _AT_ONCE // max(1, packed.shape[0] * dim)), dim=1)
+
+
+def _dot(query: torch.Tensor, packed: torch.Tensor, bits: int) -> torch.Tensor:
     total = None
     for part, piece in enumerate(query.float().split(packed.shape[-1], dim=-1)):
         codes = _part(packed, bits, part)[..., : piece.shape[-1]].float().transpose(1, 2)
@@ -75,9 +94,8 @@ def dot(query: torch.Tensor, packed: torch.Tensor, bits: int) -> torch.Tensor:
     return total
 
 
-def mix(weight: torch.Tensor, packed: torch.Tensor, bits: int, dim: int) -> torch.Tensor:
-    """Sums of codes: float32 `[S, G, dim]` for float32 `weight` `[S, G, C]` and `packed` `[S, C, W]`."""
-    return torch.cat([torch.bmm(weight, _part(packed, bits, part).float()) for part in range(8 // bits)], -1)[..., :dim]
+def _mix(weight: torch.Tensor, packed: torch.Tensor, bits: int) -> torch.Tensor:
+    return torch.cat([torch.bmm(weight, _part(packed, bits, part).float()) for part in range(8 // bits)], dim=-1)
 
 
 def _part(packed: torch.Tensor, bits: int, part: int) -> torch.Tensor:
