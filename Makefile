@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model eval-data demo test lint bench bench-codec bench-sparkv
+.PHONY: help setup model eval-data demo test lint bench bench-codec bench-sparkv bench-kernels
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -48,3 +48,6 @@ bench-codec: setup model ## What every codec keeps, saves and costs, and progres
 
 bench-sparkv: setup model ## Time to first token over shaped links, hours; ARGS="--links FOLDER" adds recorded ones
 	@$(BIN)/python -m kvsched_evals.sparkv_bench $(ARGS)
+
+bench-kernels: setup ## The numeric operations against the machine's limits and other libraries, a few minutes
+	@$(BIN)/python -m kvsched_evals.kernels_bench --json evals/results/kernels.json

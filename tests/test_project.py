@@ -82,6 +82,7 @@ def test_make_lists_its_targets() -> None:
         "bench",
         "bench-codec",
         "bench-sparkv",
+        "bench-kernels",
     ]
 
 
