@@ -127,7 +127,8 @@ def svg(chart: Chart, style: Mapping[str, Mapping[str, Any]]) -> str:
         axes.set(xlabel=chart.x, ylabel=chart.y, title=chart.title)
         figure.legend(loc="outside lower center", ncols=_LEGEND_COLUMNS, frameon=False, handlelength=1.5)
         file = io.StringIO()
-        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(file, format="svg", transparent=True, metadata=nothing)
         plt.close(figure)
     drawn = file.getvalue()
     for colour, page in _PAGE.items():
