@@ -170,7 +170,7 @@ class Loader:
                 )
                 if not stranded:
                     begin = time.monotonic()
-                    if begin - self._planned_at >= _REPLAN_SECONDS and self.plans < _MAX_PLANS:
+                    if self._plan_is_due():
                         self._plan(chunk, None, layer)
                     planned = (missing & (np.arange(self.grid.layers) < progress.target[:, None])).any(axis=1)
                     if not planned.any():
@@ -218,13 +218,11 @@ class Loader:
         timeout = self.config.stall_timeout
         return Refiner(self.store, self.manifest, self.grid, self._keeping, self._check, timeout)
 
-    def _plan_if_due(self, chunk: int, layers_done: int) -> None:
+    def _plan_is_due(self) -> bool:
+        """Whether the last plan is of some age, or was made before anything was known of the link."""
         now = time.monotonic()
-        is_due = now - self._planned_at >= _REPLAN_SECONDS or (
-            self._assumed_goodput and self.link_rate.goodput(now) is not None
-        )
-        if is_due and self.plans < _MAX_PLANS:
-            self._plan(chunk, layers_done)
+        shows = self._assumed_goodput and self.link_rate.goodput(now) is not None
+        return (shows or now - self._planned_at >= _REPLAN_SECONDS) and self.plans < _MAX_PLANS
 
     def _plan(self, chunk: int, layers_done: int | None, layers_passed: int = 0) -> None:
         """Plan the chunks from `chunk` on; earlier ones are settled.
@@ -259,9 +257,10 @@ class Loader:
         if self.link_rate.is_settled and not self._is_division_weighed:
             self._is_division_weighed = True
             alone = [plan(compute, stream, self.objective) for plan in (stream_all, local)]
-            costs = [float(self.objective(*totals(compute, stream, plan))) for plan in (depths, *alone)]
-            if costs[0] > (1 - _MIN_GAIN) * min(costs[1:]):
-                depths = alone[int(np.argmin(costs[1:]))]
+            if not any(np.array_equal(depths, plan) for plan in alone):
+                costs = [float(self.objective(*totals(compute, stream, plan))) for plan in (depths, *alone)]
+                if costs[0] > (1 - _MIN_GAIN) * min(costs[1:]):
+                    depths = alone[int(np.argmin(costs[1:]))]
         cost, kept = (self.objective(*totals(compute, stream, plan)) for plan in (depths, progress.target[rest]))
         if self.plans == 0 or cost <= (1 - _MIN_GAIN) * kept:
             self.plans += 1
@@ -318,7 +317,8 @@ class Loader:
         def go_on(done: int) -> bool:
             if self.progress.link_error is not None:
                 return False
-            self._plan_if_due(chunk, done)
+            if self._plan_is_due():
+                self._plan(chunk, done)
             return bool(done < self.progress.target[chunk])
 
         self._compute_chunk(chunk, go_on)
