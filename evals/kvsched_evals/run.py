@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import math
 import random
@@ -103,14 +104,11 @@ def build(entry: TaskEntry, context: int | None, seed: int, lm: MeasuredLM) -> t
     Raises:
         DataNotFoundError: the task's data is not on this machine.
     """
-    lengths = {} if context is None else {"max_seq_lengths": [context]}
-    metadata = {"pretrained": lm.model.name_or_path, **lengths}
     random.seed(seed)  # RULER makes its questions up as it is loaded
     np.random.seed(seed)
     torch.manual_seed(seed)
-    manager = TaskManager(include_path=str(data.TASKS), metadata=metadata)
     try:
-        task = manager.load([entry.task])["tasks"][entry.task]
+        task = _manager(str(data.TASKS), lm.model.name_or_path, context).load([entry.task])["tasks"][entry.task]
     except (OSError, KeyError) as error:
         raise DataNotFoundError(
             f"the task {entry.task} cannot be loaded: {error}. If its data is missing, run `{data.COMMAND}`."
@@ -132,6 +130,13 @@ def build(entry: TaskEntry, context: int | None, seed: int, lm: MeasuredLM) -> t
     for instance in task.instances:
         questions.setdefault(str(instance.doc_id), []).append(instance)
     return task, questions
+
+
+@functools.cache
+def _manager(folder: str, model: str, context: int | None) -> TaskManager:
+    """lm-eval's tasks and those of a folder; to list them takes seconds."""
+    lengths = {} if context is None else {"max_seq_lengths": [context]}
+    return TaskManager(include_path=folder, metadata={"pretrained": model, **lengths})
 
 
 def summary(cell: Cell, name: object, questions: list[Question]) -> str:

@@ -26,26 +26,33 @@ SUITE = {
 }
 
 
-@pytest.fixture
-def suite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A suite of one small multiple-choice task, beside the task's own file."""
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory) -> Path:
+    """A folder with a small multiple-choice task, and another one whose data is missing."""
+    folder = tmp_path_factory.mktemp("tasks")
     rows = [{"question": f"{n} plus {n}?", "choices": [str(2 * n), "none"], "answer": 0} for n in range(5)]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    task = {
-        "task": "sums",
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.jsonl")}},
-        "test_split": "test",
-        "output_type": "multiple_choice",
-        "doc_to_text": "{{question}}",
-        "doc_to_choice": "{{choices}}",
-        "doc_to_target": "{{answer}}",
-        "metric_list": [{"metric": "acc"}],
-    }
-    (tmp_path / "sums.yaml").write_text(yaml.safe_dump(task))
-    (tmp_path / "own.yaml").write_text(yaml.safe_dump(SUITE))
-    monkeypatch.setattr(data, "TASKS", tmp_path)
+    (folder / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name in ("sums", "gone"):
+        task = {
+            "task": name,
+            "dataset_path": "json",
+            "dataset_kwargs": {"data_files": {"test": str(folder / f"{name}.jsonl")}},
+            "test_split": "test",
+            "output_type": "multiple_choice",
+            "doc_to_text": "{{question}}",
+            "doc_to_choice": "{{choices}}",
+            "doc_to_target": "{{answer}}",
+            "metric_list": [{"metric": "acc"}],
+        }
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(task))
+    return folder
+
+
+@pytest.fixture
+def suite(tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(data, "TASKS", tasks)
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(SUITE))
     return tmp_path / "own.yaml"
 
 
@@ -106,7 +113,7 @@ def test_limit_asks_fewer_questions(suite: Path, command, tmp_path: Path) -> Non
 
 
 def test_missing_data_says_what_fetches_it(suite: Path, command, tmp_path: Path) -> None:
-    (tmp_path / "rows.jsonl").unlink()
+    suite.write_text(suite.read_text().replace("sums", "gone"))
     ran = command(suite, "--out", tmp_path / "own.jsonl")
     assert ran.exit_code == 1
     assert "make eval-data" in ran.stderr
