@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from kvsched_kernels import rotate
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -60,9 +62,7 @@ class Rotation:
         if not 0 < 2 * pairs <= keys.shape[2]:
             return keys
         cos, sin = _waves(rates, position, keys.shape[1])
-        sin = sin * direction
-        first, second = keys[..., :pairs], keys[..., pairs : 2 * pairs]
-        return torch.cat([first * cos - second * sin, second * cos + first * sin, keys[..., 2 * pairs :]], dim=-1)
+        return rotate(keys, (cos, sin * direction))
 
 
 @functools.lru_cache(maxsize=8)  # the layers of a chunk share their angles
