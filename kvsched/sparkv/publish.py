@@ -123,7 +123,8 @@ def publish(
     if reused and report.chunks_written and computed is None:
         _load(cache, model, input_ids, published, target, config)
     bytes_written = chunks_written = 0
-    for chunk, address in enumerate(tqdm(prefix.addresses, desc="publish", unit="chunk")):
+    progress = tqdm(prefix.addresses, desc="publish", unit="chunk", disable=computed is not None)  # the rest is quick
+    for chunk, address in enumerate(progress):
         if chunk >= reused and computed is None:
             span = grid.span(chunk)
             cache.compute(model, input_ids[:, span], span.start)

@@ -121,22 +121,23 @@ def test_missing_data_says_what_fetches_it(suite: Path, command, tmp_path: Path)
 
 @pytest.mark.real_model
 def test_the_smoke_suite_on_the_real_model(real_model, tmp_path: Path) -> None:
-    """A question of each task; the caches that keep everything give the full cache's answer."""
-    suite = Suite.load("smoke").limited(1)
-    kept = [
+    """A short question of each task: caches that keep everything give the full cache's answer, others come near it."""
+    smoke = Suite.load("smoke").limited(1).model_dump()
+    tasks = [{**task, "contexts": [512]} for task in smoke["tasks"]]
+    caches: list[dict[str, Any]] = [
         {"cache": "full"},
-        {"cache": "dynakv", "policy": ["dynakv"], "budget": [0.1, 1.0], "options": {"dram": "64MiB"}},
+        {"cache": "dynakv", "policy": ["dynakv"], "budget": [1.0, 0.1]},
         {"cache": "sparkv", "codec": ["lossless", "balanced"]},
     ]
-    suite = Suite.model_validate({**suite.model_dump(), "caches": kept})
-    found = runs.run(suite, *real_model, tmp_path / "smoke.jsonl", "test", lambda line: None)
-    assert read(tmp_path / "smoke.jsonl").questions == found
-    assert len(found) == len(suite.tasks) * 5
-    for full, some, everything, lossless, balanced in zip(*[iter(found)] * 5, strict=True):
-        assert full.score == everything.score == lossless.score
+    suite = Suite.model_validate({**smoke, "tasks": tasks, "caches": caches})
+    path = tmp_path / "smoke.jsonl"
+    runs.run(suite, *real_model, path, "test", lambda line: None)
+    found = read(path).questions
+    assert len(found) == len(tasks) * 5
+    for full, everything, some, lossless, balanced in zip(*[iter(found)] * 5, strict=True):
         assert max(full.kl) == 0
         assert max(everything.kl + lossless.kl) < 1e-4
+        assert full.answer == everything.answer == lossless.answer
+        assert 0 < statistics.fmean(some.kl) < 1
         assert 0 < statistics.fmean(balanced.kl) < 0.05
-        assert statistics.fmean(some.kl) > 0
-        assert some.bytes_read > 0
-        assert balanced.bytes_read < lossless.bytes_read
+        assert 0 < balanced.bytes_read < lossless.bytes_read
