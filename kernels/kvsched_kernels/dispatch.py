@@ -24,6 +24,8 @@ def triton_runs(operation: str, tensor: torch.Tensor, refused: str | None = None
     if tensor.device.type == "cpu":
         return False
     reason = unavailable(tensor.device) or refused
+    if tensor.dtype == torch.float64:
+        reason = reason or "the kernels compute in float32"
     if reason is not None:
         _say(operation, reason)
     return reason is None

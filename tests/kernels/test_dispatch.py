@@ -18,8 +18,9 @@ from kvsched_kernels import dispatch
 def _nothing_was_said():
     dispatch.unavailable.cache_clear()
     dispatch._say.cache_clear()
+    unavailable = dispatch.unavailable
     yield
-    dispatch.unavailable.cache_clear()
+    unavailable.cache_clear()
 
 
 def test_a_cpu_is_no_fall_back(caplog):
@@ -50,6 +51,17 @@ def test_what_a_gpu_lacks_is_named(lacking, reason, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a GPU")
     said = dispatch.unavailable(torch.device("cuda", 0))
     assert said is None if reason is None else reason in str(said)
+
+
+def test_double_precision_is_left_to_torch(monkeypatch, caplog):
+    monkeypatch.setattr(dispatch, "unavailable", lambda device: None)
+    assert dispatch.triton_runs("nearest", torch.zeros(1, device="meta"))
+    assert not dispatch.triton_runs("nearest", torch.zeros(1, device="meta"), "too many")
+    assert not dispatch.triton_runs("nearest", torch.zeros(1, device="meta", dtype=torch.float64))
+    assert [record.message.split(": ")[1] for record in caplog.records] == [
+        "too many",
+        "the kernels compute in float32",
+    ]
 
 
 def test_heads_that_are_too_wide_are_named():

@@ -14,7 +14,18 @@ import triton.language as tl
 
 from ..attention import Part
 from ..codes import Vectors
-from .common import channels, columns, fold_codes, load_group, load_vectors, log_sum, precision, steps_of, tanh
+from .common import (
+    channels,
+    columns,
+    fold_codes,
+    launches,
+    load_group,
+    load_vectors,
+    log_sum,
+    precision,
+    steps_of,
+    tanh,
+)
 
 PER_PROCESSOR = 4
 """Programs for each multiprocessor: enough that loads of some overlap with arithmetic of others."""
@@ -213,6 +224,7 @@ def _merge_kernel(
     tl.store(total_out + place, total)
 
 
+@launches
 def cluster_attention(
     query: torch.Tensor,
     pool: Any,

@@ -6,6 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .common import launches
+
 _BLOCK_N, _BLOCK_D = 32, 64
 
 _ROUND = 12582912.0
@@ -48,6 +50,7 @@ def _codec_kernel(
     tl.store(place, number.to(target.dtype.element_ty), mask=inside)
 
 
+@launches
 def code(
     source: torch.Tensor,
     target: torch.Tensor,

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
 import torch
 import triton
 import triton.language as tl
 
 from ..codes import Vectors
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 @triton.jit
@@ -75,6 +83,18 @@ def log_sum(logs):
     best = tl.max(logs, 0)
     base = tl.where(best == float("-inf"), 0.0, best)
     return base + tl.log(tl.sum(tl.exp(logs - base), 0))
+
+
+def launches(function: Callable[P, R]) -> Callable[P, R]:
+    """Launch what `function` launches on the device of its first argument, whichever device is current."""
+
+    @functools.wraps(function)
+    def there(*args: P.args, **kwargs: P.kwargs) -> R:
+        device = next(iter((*args, *kwargs.values()))).device  # type: ignore[attr-defined]
+        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+            return function(*args, **kwargs)
+
+    return there
 
 
 def steps_of(vectors: Vectors, nothing: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

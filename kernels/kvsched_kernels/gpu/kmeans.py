@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import columns, precision
+from .common import columns, launches, precision
 
 _POINTS, _CENTROIDS, _CHANNELS = 32, 64, 32
 
@@ -145,6 +145,7 @@ def _two_means_kernel(
     tl.store(second_out + which * m + index, tl.where(cut, upper, side).to(tl.uint8), mask=index < m)
 
 
+@launches
 def nearest(points: torch.Tensor, centroid: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """See `kvsched_kernels.nearest`."""
     streams, n, dim = points.shape
@@ -161,6 +162,7 @@ def nearest(points: torch.Tensor, centroid: torch.Tensor, mask: torch.Tensor) ->
     return label, distance
 
 
+@launches
 def moments(
     points: torch.Tensor,
     label: torch.Tensor,
@@ -187,6 +189,7 @@ def moments(
     return centroid, size, deviation
 
 
+@launches
 def two_means(points: torch.Tensor, mask: torch.Tensor, least: torch.Tensor, iterations: int) -> torch.Tensor:
     """See `kvsched_kernels.two_means`; `least` is float32 `[N]`."""
     sets, m, dim = points.shape

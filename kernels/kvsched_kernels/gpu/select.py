@@ -7,7 +7,18 @@ import triton
 import triton.language as tl
 
 from ..codes import Vectors
-from .common import channels, columns, fold_codes, load_group, load_vectors, log_sum, precision, steps_of, tanh
+from .common import (
+    channels,
+    columns,
+    fold_codes,
+    launches,
+    load_group,
+    load_vectors,
+    log_sum,
+    precision,
+    steps_of,
+    tanh,
+)
 
 _CLUSTERS = 64
 _SORTED = 1024
@@ -110,6 +121,7 @@ def _choose_kernel(
         tl.store(chosen + stream * chosen_stride + cluster, taken.to(tl.uint8), mask=rank < considered)
 
 
+@launches
 def cluster_worth(
     query: torch.Tensor,
     means: Vectors,
@@ -143,6 +155,7 @@ def cluster_worth(
     return worth
 
 
+@launches
 def choose_clusters(
     score: torch.Tensor, size: torch.Tensor, budget: torch.Tensor, mass: float, considered: int, block: int = _SORTED
 ) -> torch.Tensor:
