@@ -19,10 +19,10 @@ from .decode import Decoder
 from .dense import DenseTokens
 from .stored import StoredClusters
 
-ENTRIES_AT_ONCE = 1 << 20
-"""Numbers in the entries that pass by at a time, over all streams: 4 MiB in float32."""
+ENTRIES_AT_ONCE = 1 << 19
+"""Numbers in the entries that pass by at a time, over all streams: 2 MiB in float32."""
 
-SCORES_AT_ONCE = 1 << 20
+SCORES_AT_ONCE = 1 << 19
 """Scores that exist at a time: these fit the caches of a processor, and the memory is the same for any prompt."""
 
 
@@ -52,26 +52,25 @@ class Chunk:
     softcap: float | None = None
     sinks: torch.Tensor | None = None
 
-    def shown(self, position: torch.Tensor) -> torch.Tensor:
-        """What is added to the scores of tokens at `position` `[S, n]`: `[S, q, n]`, -inf where one is not to be seen.
+    def shown(self, position: torch.Tensor, block: slice) -> torch.Tensor:
+        """What is added to the scores that a block of queries gives tokens at `position` `[S, n]`: `[S, b, n]`.
 
-        Masks of two dimensions mark padding alone, which has no position here.
+        It is -inf where a token is not to be seen. Masks of two dimensions mark padding alone, which has no position
+        here.
         """
         streams, n = position.shape
-        new, dtype = self.query.shape[2], torch.float32
+        own = torch.arange(self.seen - self.query.shape[2], self.seen, device=position.device)[block]
         if self.mask is None or self.mask.ndim == 2:
-            own = torch.arange(self.seen - new, self.seen, device=position.device)
-            seen = torch.zeros(streams, new, n, dtype=dtype, device=position.device)
+            seen = torch.zeros(streams, len(own), n, device=position.device)
             seen.masked_fill_(position.unsqueeze(1) > own.unsqueeze(1), float("-inf"))
         else:
-            rows = self.mask[:, 0].expand(-1, new, -1)
-            batch = len(rows)
-            at = position.clamp_min(0).view(batch, 1, -1).expand(-1, new, -1)
-            found = rows.gather(2, at).view(batch, new, streams // batch, n).transpose(1, 2).reshape(streams, new, n)
+            rows = self.mask[:, 0, block].expand(-1, len(own), -1)
+            at = position.clamp_min(0).view(len(rows), 1, -1).expand(-1, len(own), -1)
+            found = rows.gather(2, at).unflatten(2, (-1, n)).transpose(1, 2).reshape(streams, len(own), n)
             if found.dtype == torch.bool:
-                seen = torch.zeros(found.shape, dtype=dtype, device=found.device).masked_fill_(~found, float("-inf"))
+                seen = torch.zeros(found.shape, device=found.device).masked_fill_(~found, float("-inf"))
             else:
-                seen = found.to(dtype, copy=True)
+                seen = found.to(torch.float32, copy=True)
         return seen.masked_fill_((position < 0).unsqueeze(1), float("-inf"))
 
     def blocks(self, each: int) -> Iterator[slice]:
@@ -95,23 +94,21 @@ class ChunkAttention:
         if chunk.sinks is not None:
             total[:] = chunk.sinks.float().unsqueeze(-1)
         for tokens in self._held(own):
-            shown = chunk.shown(tokens.position)
             for block in chunk.blocks(tokens.position.shape[1]):
                 before = output[:, :, block], total[:, :, block]
-                part = self._over(tokens, chunk, block, shown)
+                part = self._over(tokens, chunk, block)
                 output[:, :, block] = merge_parts([before, part])
                 total[:, :, block] = torch.logaddexp(before[1], part[1])
         return output
 
     def retrieved(self, chunk: Chunk, own: Tokens) -> torch.Tensor:
         """Attention over the chunk's `own` tokens, and of earlier ones over what each block of queries retrieves."""
-        shown = chunk.shown(own.position)
         outputs = []
         for block in chunk.blocks(max(self.clusters.index.width, own.position.shape[1])):
             query = chunk.query[:, :, block]
             sinks = None if chunk.sinks is None else chunk.sinks.repeat_interleave(query.shape[2], dim=1)
             parts = self.decoder.parts(query.flatten(1, 2), chunk.scaling, chunk.softcap, sinks, chunk.seen)
-            output, total = self._over(own, chunk, block, shown)
+            output, total = self._over(own, chunk, block)
             parts.append((output.flatten(1, 2), total.flatten(1, 2)))
             outputs.append(merge_parts(parts).view(*query.shape[:3], -1))
         return torch.cat(outputs, dim=2)
@@ -124,13 +121,13 @@ class ChunkAttention:
         for stream, cluster in self.clusters.parts(ENTRIES_AT_ONCE // self.clusters.form.width):
             yield Tokens(*self.clusters.gather(stream, cluster))
 
-    def _over(self, tokens: Tokens, chunk: Chunk, block: slice, shown: torch.Tensor) -> Part:
+    def _over(self, tokens: Tokens, chunk: Chunk, block: slice) -> Part:
         """Attention of a block of queries over `tokens`: output `[S, G, b, Dv]` and log of the sum, `[S, G, b]`."""
         query = chunk.query[:, :, block].float()
         key, value = (part.float() for part in self.clusters.form.apart(tokens.entries))
         shape = *query.shape[:3], key.shape[1]
         score = torch.bmm(query.flatten(1, 2), key.transpose(1, 2)).mul_(chunk.scaling).view(shape)
-        score = cap_scores(score, chunk.softcap).add_(shown[:, block].unsqueeze(1))
+        score = cap_scores(score, chunk.softcap).add_(chunk.shown(tokens.position, block).unsqueeze(1))
         peak = score.amax(-1, keepdim=True).clamp_min(torch.finfo(score.dtype).min)
         score = score.sub_(peak).exp_()
         total = score.sum(-1, keepdim=True)
