@@ -137,7 +137,7 @@ def _sources(read: Input) -> list[dict[str, str]]:
     ]
     sources += [{"command": one["command"]} | _machine(one["machine"]) for one in read.codecs]
     if read.rows:
-        sources.append({"replayed": f"{len(read.rows)} rows of `kvsched trace replay`"})
+        sources.append({"replayed": f"{len(read.rows)} rows of kvsched trace replay"})
     return sources
 
 
@@ -241,7 +241,7 @@ def _replays(rows: Sequence[Row]) -> Iterable[Section]:
     shown: list[tuple[str, str, Callable[[list[Row]], float]]] = [
         ("Attention recalled", "share of exact attention", _recall),
         ("Against the best choice", "share of exact top-k", _share),
-        ("Error of the output", "relative error, with the estimate", _error),
+        ("Error of the output", "error, with the estimate", _error),
     ]
     charts = [
         Chart(title, "tokens decoded", label, [line(name, value) for name in policies if _shows(name, value)])
@@ -255,7 +255,15 @@ def _replays(rows: Sequence[Row]) -> Iterable[Section]:
         numbers = [_recall(own), _share(own), _recall(early), _recall(late), _error(own)]
         read = float(np.mean([row.bytes_read for row in own])) / 1e3
         table.append([name, *(f"{number:.3f}" for number in numbers), f"{read:.1f}"])
-    columns = ["policy", "recall", "of exact top-k", "first half", "second half", "error", "KB read a head and step"]
+    columns = [
+        "policy",
+        "recall",
+        "of exact top-k",
+        "recall, first half",
+        "second half",
+        "error",
+        "KB read a head and step",
+    ]
     note = "A recorded decode, decoded again by each policy at the same budget: mean over layers, heads and steps."
     yield Section("Drift in a recorded decode", note, columns, table, charts)
 
