@@ -171,25 +171,24 @@ def test_one_token_and_none():
 
 def test_offsets_past_two_billion_numbers():
     memory = mmap.mmap(-1, 2**31 + 4096)  # of which a few pages are touched
-    numbers = torch.frombuffer(memory, dtype=torch.int8)
-    far = numbers.as_strided((2, 32), (2**31, 1))
-    far[0], far[1] = 1, torch.arange(32) + 1
-    row = torch.ones(1, dtype=torch.long)
-    runs = Runs.of(row, row, torch.tensor([0, 1]), torch.tensor([0]))
-    output, _ = cluster_attention(
-        torch.randn(1, 1, 32), Pool(far, far, *torch.ones(2, 2)), runs, 1.0, slices=1, block=16
-    )
-    assert torch.equal(output[0, 0], far[1].float())
-    step, centre = torch.ones(2, 1, 1).expand(2, 1, 32), torch.zeros(2, 1, 1).expand(2, 1, 32)
-    turned = codec.code(far.unsqueeze(1), torch.empty(2, 1, 32), None, (step, centre), decode=True)
-    assert torch.equal(turned[1, 0], far[1].float())
-    means = Vectors(
-        far.view(torch.uint8).as_strided((1, 2, 32), (1, 2**31, 1)), 8, torch.ones(1, 1, 32), torch.zeros(1, 1, 32)
-    )
-    size, query = torch.ones(1, 2, dtype=torch.uint8), torch.full((1, 1, 32), 0.01)
-    elsewhere = torch.zeros(1, 1)
-    worth = select.cluster_worth(query, means, size, 1.0, elsewhere)
-    torch.testing.assert_close(worth, torch.tensor([[0.32, 5.28]]).exp() / (1 + math.exp(0.32) + math.exp(5.28)))
+    # Neither a stride nor a number of rows goes beyond 32 bits, but where the last row begins does.
+    far = torch.frombuffer(memory, dtype=torch.int8).as_strided((3, 32), (2**30, 1))
+    far[2] = torch.arange(32) + 1
+    one = torch.ones(1, dtype=torch.long)
+    runs = Runs.of(one * 2, one, torch.tensor([0, 1]), torch.tensor([0]))
+    pool = Pool(far, far, *torch.ones(2, 3))
+    output, _ = cluster_attention(torch.randn(1, 1, 32), pool, runs, 1.0, slices=1, block=16)
+    assert torch.equal(output[0, 0], far[2].float())
+
+    step, centre = torch.ones(3, 1, 1).expand(3, 1, 32), torch.zeros(3, 1, 1).expand(3, 1, 32)
+    numbers = codec.code(far.unsqueeze(1), torch.empty(3, 1, 32), None, (step, centre), decode=True)
+    assert torch.equal(numbers[:, 0], far.float())
+
+    codes = far.view(torch.uint8).as_strided((1, 3, 32), (1, 2**30, 1))
+    means = Vectors(codes, 8, torch.ones(1, 1, 32), torch.zeros(1, 1, 32))
+    query, size = torch.full((1, 1, 32), 0.01), torch.ones(1, 3, dtype=torch.uint8)
+    worth = select.cluster_worth(query, means, size, 1.0, torch.zeros(1, 1))
+    torch.testing.assert_close(worth, torch.tensor([[1.0, 1.0, math.exp(5.28)]]) / (3 + math.exp(5.28)))
 
 
 @settings(max_examples=15, deadline=None)
