@@ -159,15 +159,16 @@ def test_wrong_options_are_refused(model, tokenizer, options: dict[str, Any], me
         KVSchedLM(model, tokenizer=tokenizer, **options)
 
 
-@pytest.fixture
-def task(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def task(tmp_path_factory) -> Path:
     """A folder with a multiple-choice task of a few questions."""
+    folder = tmp_path_factory.mktemp("task")
     rows = [{"question": f"{n} plus {n}?", "choices": [str(2 * n), str(n), "x"], "answer": 0} for n in range(5)]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     options = {
         "task": "sums",
         "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.jsonl")}},
+        "dataset_kwargs": {"data_files": {"test": str(folder / "rows.jsonl")}},
         "test_split": "test",
         "output_type": "multiple_choice",
         "doc_to_text": "{{question}}",
@@ -175,8 +176,13 @@ def task(tmp_path: Path) -> Path:
         "doc_to_target": "{{answer}}",
         "metric_list": [{"metric": "acc"}],
     }
-    (tmp_path / "sums.yaml").write_text(yaml.safe_dump(options))
-    return tmp_path
+    (folder / "sums.yaml").write_text(yaml.safe_dump(options))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def manager(task: Path) -> TaskManager:
+    return TaskManager(include_path=str(task))
 
 
 def evaluate(**arguments: Any) -> list[list[float]]:
@@ -195,9 +201,10 @@ def folder(model, tokenizer, tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("chat", [False, True])
-def test_simple_evaluate_takes_it_by_name(folder: Path, task: Path, monkeypatch, chat: bool) -> None:
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(task / "cache"))
-    manager = TaskManager(include_path=str(task))
+def test_simple_evaluate_takes_it_by_name(
+    folder: Path, manager: TaskManager, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chat: bool
+) -> None:
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path))
     common: dict[str, Any] = {"task_manager": manager, "apply_chat_template": chat, "device": "cpu"}
     ours = evaluate(model="kvsched", model_args=f"pretrained={folder},cache=dynakv,budget=99,dram=1MiB", **common)
     plain = evaluate(model="hf", model_args=f"pretrained={folder}", **common)

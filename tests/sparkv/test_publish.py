@@ -14,6 +14,7 @@ from kvsched import hub
 from kvsched.cli import app
 from kvsched.errors import ConfigError, InputError, StoreError
 from kvsched.sparkv import publish
+from kvsched.sparkv.forward import PrefixCache
 from kvsched.sparkv.manifest import Manifest, chunk_path
 from kvsched.sparkv.store import Store
 
@@ -47,6 +48,23 @@ def test_a_longer_context_adds_only_what_is_new(tiny_model, tmp_path: Path) -> N
     report = kvsched.publish(tiny_model("qwen2"), IDS, store=tmp_path, config=SMALL)
     after = files(tmp_path)
     assert report.chunks_written == 3 and before.items() <= after.items() and len(after) == 12
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_what_is_computed_already_is_not_computed_again(tiny_model, tmp_path: Path, monkeypatch, begun: bool) -> None:
+    model, cache = tiny_model("gemma3"), PrefixCache(tiny_model("gemma3").config, IDS.shape[1])
+    cache.compute(model, IDS, 0)
+    if begun:
+        kvsched.publish(model, IDS[:, :48], store=tmp_path, config=SMALL)
+    monkeypatch.setattr(PrefixCache, "compute", None)
+    report = kvsched.publish(model, IDS, store=tmp_path, config=SMALL, computed=cache)
+    assert report.chunks_written == (3 if begun else 6)
+    monkeypatch.undo()
+    loaded = kvsched.SparKVCache(model.config, {**SMALL, "store": tmp_path, "planner": "stream"})
+    loaded.load(model, IDS)
+    assert loaded.get_seq_length() == 96
+    full = loaded.layers[1]
+    torch.testing.assert_close(full.keys, cache.layers[1].keys[:, :, :96], atol=1e-4, rtol=0)
 
 
 def test_an_interrupted_publication_is_completed(tiny_model, tmp_path: Path) -> None:
