@@ -156,7 +156,8 @@ def _tasks(runs: Sequence[results.Results]) -> Iterable[Section]:
         tasks[one.cell.task, one.cell.context, one.metric].append(one)
     for (task, context, metric), cells in tasks.items():
         note = f"{metric} and its standard error over {cells[0].score.count} questions. Change, log-probability and KL "
-        note += "are against the full cache on the same questions; brackets hold 95 % of bootstrapped means. "
+        note += "are against the full cache on the same questions; brackets hold 95 % of bootstrapped means; as "
+        note += "good is a score that is lower by no more than a point or the standard error of its change. "
         note += f"To prefill a prompt took {_number(cells[0].prefill_seconds, '.1f')} s, once for all caches."
         rows = [[metrics.label(one.cell), *(show(one) for _, show in _COLUMNS)] for one in cells]
         yield Section(
@@ -331,6 +332,13 @@ def _interval(difference: Difference | None) -> str:
     return f"{difference.value:+.3f} [{difference.low:+.3f}, {difference.high:+.3f}]"
 
 
+def _as_good(one: Summary) -> str:
+    """Whether a score is within a point or its standard error; a log-probability has no points."""
+    if one.change is None or one.metric == "logprob":
+        return "-"
+    return "yes" if one.change.as_good else "no"
+
+
 def _number(mean: Mean | None, form: str, unit: float = 1.0) -> str:
     return "-" if mean is None else f"{mean.value / unit:{form}}"
 
@@ -338,6 +346,7 @@ def _number(mean: Mean | None, form: str, unit: float = 1.0) -> str:
 _COLUMNS: list[Shown] = [
     ("score", _score),
     ("change", lambda one: _interval(one.change)),
+    ("as good", _as_good),
     ("log-probability", lambda one: "-" if one.cell.cache == "full" else _interval(one.logprob)),
     ("KL", lambda one: "-" if one.cell.cache == "full" else _number(one.kl, ".4f")),
     ("equal prefix", lambda one: _number(one.equal_prefix, ".0%")),

@@ -138,8 +138,8 @@ def test_the_tables_say_what_was_measured(run: Path, rows: Path, tmp_path: Path)
     table = {cells[0]: cells[1:] for cells in body}
     (found,) = [one for one in summarise(questions()) if one.cell == CELLS[1]]
     assert table["dynakv 5 %"][0] == f"{found.score.value:.3f} ± {found.score.error:.3f}"
-    assert table["dynakv 5 %"][1:5] == ["+0.000 [+0.000, +0.000]", "-0.500 [-0.500, -0.500]", "0.1550", "25%"]
-    assert table["dynakv 5 %"][7:] == ["2.5", "5.0", "1.0", "-"]
+    assert table["dynakv 5 %"][1:6] == ["+0.000 [+0.000, +0.000]", "yes", "-0.500 [-0.500, -0.500]", "0.1550", "25%"]
+    assert table["dynakv 5 %"][8:] == ["2.5", "5.0", "1.0", "-"]
     assert table["static"] == ["0.450", "0.500", "0.450", "0.450", "0.250", "2.0"]
     codecs = json.loads(CODEC.read_text())["codecs"]
     assert table["balanced"][0] == f"{codecs['balanced']['ratio']['mean']:.2f}"
