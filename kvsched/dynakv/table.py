@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from kvsched_kernels import dot, mix, moments, pack, unpack
+from kvsched_kernels import Vectors, moments, pack
 
 _REACH = {2: 1.75, 4: 3.0, 8: 8.0}
 """Standard deviations from the mean to the outermost code. Beyond them numbers are clipped, which costs less recall on
@@ -58,26 +58,22 @@ class VectorTable:
             self._follow(stream, vectors)
             self.data[stream, cluster] = self._encode(vectors, self.offset[stream, 0], self.step[stream, 0])
 
+    def vectors(self, clusters: int) -> Vectors:
+        """The first `clusters` of every stream, in place."""
+        data = self.data[:, :clusters]
+        return Vectors(data) if self.bits >= 16 else Vectors(data, self.bits, self.step, self.offset)
+
     def read(self, clusters: int) -> torch.Tensor:
         """The first `clusters` of every stream: float32 `[S, clusters, width]`."""
-        if self.bits >= 16:
-            return self.data[:, :clusters].float()
-        return unpack(self.data[:, :clusters], self.bits, self.width).float() * self.step + self.offset
+        return self.vectors(clusters).read(self.width)
 
     def dot(self, query: torch.Tensor, clusters: int) -> torch.Tensor:
         """Products with `query` `[S, G, width]`: float32 `[S, G, clusters]`."""
-        query = query.float()
-        if self.bits >= 16:
-            return torch.bmm(query, self.data[:, :clusters].float().transpose(1, 2))
-        product = dot(query * self.step, self.data[:, :clusters], self.bits)
-        return product.add_((query * self.offset).sum(-1, keepdim=True))
+        return self.vectors(clusters).dot(query)
 
     def mix(self, weight: torch.Tensor) -> torch.Tensor:
         """Sums of vectors by float32 `weight` `[S, G, clusters]`: float32 `[S, G, width]`."""
-        data = self.data[:, : weight.shape[-1]]
-        if self.bits >= 16:
-            return torch.bmm(weight, data.float())
-        return mix(weight, data, self.bits, self.width) * self.step + weight.sum(-1, keepdim=True) * self.offset
+        return self.vectors(weight.shape[-1]).mix(weight, self.width)
 
     def select(self, streams: torch.Tensor) -> None:
         """Keep `streams` (int64, repeats allowed) in this order."""
