@@ -68,6 +68,7 @@ class Summary:
     """All that is said of one cell. Numbers that a cell does not have are `None`.
 
     Args:
+        cell: with 0 for the seeds that it is the mean over.
         metric: lm-eval's name of the score.
         score: of the task; of `logprob` the mean log-probability of a reference token.
         change: of the score from the full cache's.
@@ -101,10 +102,13 @@ class Summary:
 
 
 def summarise(questions: Iterable[Question]) -> list[Summary]:
-    """One summary for each cell and metric, in the order in which they first appear; the full cache's come first."""
+    """One summary for each cell and metric, in the order in which they first appear; the full cache's come first.
+
+    A question of another seed is another question: cells that differ in their seed alone are one.
+    """
     cells: dict[tuple[Cell, str], list[Question]] = defaultdict(list)
     for one in questions:
-        cells[one.cell, one.metric].append(one)
+        cells[replace(one.cell, seed=0), one.metric].append(one)
     full = {_key(one): one for own in cells.values() for one in own if one.cache == "full"}
     ordered = sorted(cells.items(), key=lambda item: item[0][0].cache != "full")
     return [_summary(cell, metric, own, full) for (cell, metric), own in ordered]

@@ -5,7 +5,6 @@ It takes what `kvsched eval run` writes, the rows of `kvsched trace replay --jso
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ from typing import Any
 
 import jinja2
 import numpy as np
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from kvsched.replay import ORACLE, Row
 
@@ -28,6 +27,39 @@ WIDTH = 16  # tokens of a long answer in one point of its divergence
 STEPS = 48  # points, at most, of a line over the steps of a replayed decode
 
 Shown = tuple[str, Callable[[Summary], str]]
+
+
+class _Measured(BaseModel):
+    mean: results.Finite
+
+
+class _Codec(BaseModel):
+    ratio: _Measured
+    kl: _Measured
+    top1: _Measured
+    decode_mb_s: _Measured
+
+
+class Machine(BaseModel):
+    """What `kvsched_evals.machine.describe` said."""
+
+    processor: str
+    cores: int
+    memory_gib: float
+    accelerator: str | None
+    versions: dict[str, str]
+    time: str
+
+
+class CodecBenchmark(BaseModel):
+    """What is read of the JSON that `make bench-codec` writes."""
+
+    command: str
+    machine: Machine
+    context_tokens: int
+    following_tokens: int
+    codecs: dict[str, _Codec]
+    runs: dict[str, list[Any]]
 
 
 @dataclass
@@ -48,7 +80,7 @@ class Input:
 
     runs: list[results.Results]
     rows: list[Row]
-    codecs: list[dict[str, Any]]
+    codecs: list[CodecBenchmark]
 
 
 def write(files: Sequence[Path], out: Path) -> str:
@@ -94,8 +126,18 @@ def read_files(files: Sequence[Path]) -> Input:
         elif (benchmark := _benchmark(path, text)) is not None:
             read.codecs.append(benchmark)
         else:
-            read.runs.append(results.read(path))
+            read.runs.append(_run(path))
+    _check_together(read.runs)
     return read
+
+
+def _run(path: Path) -> results.Results:
+    run = results.read(path)
+    try:
+        Machine.model_validate(run.header.machine)
+    except ValidationError as error:
+        raise ResultError(f"{path} does not say what machine it was measured on: it is damaged.") from error
+    return run
 
 
 def _replayed(path: Path, text: str) -> list[Row]:
@@ -109,22 +151,32 @@ def _replayed(path: Path, text: str) -> list[Row]:
     return rows
 
 
-def _benchmark(path: Path, text: str) -> dict[str, Any] | None:
+def _benchmark(path: Path, text: str) -> CodecBenchmark | None:
     """The results of `make bench-codec`; `None` for JSON lines."""
     if text[:2] not in ("{\n", "{\r"):  # one object over many lines, as benchmarks write it
         return None
     try:
-        found = json.loads(text)
-        measured = found["machine"]["versions"]["kvsched"]
-        for row in found["codecs"].values():
-            _ = [float(row[name]["mean"]) for name in ("ratio", "kl", "top1", "decode_mb_s")]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        found = CodecBenchmark.model_validate_json(text)
+    except ValidationError as error:
         raise ResultError(f"{path} is damaged or not from `make bench-codec`: run that again.") from error
+    measured = found.machine.versions.get("kvsched")
     if measured != version("kvsched"):
         raise ResultError(
             f"{path} was measured with kvsched {measured}, this is {version('kvsched')}: run `make bench-codec` again."
         )
-    return dict(found)
+    return found
+
+
+def _check_together(runs: Sequence[results.Results]) -> None:
+    """Refuse runs whose questions cannot stand side by side."""
+    for name in ("suite", "model"):
+        if len(found := {getattr(run.header, name) for run in runs}) > 1:
+            raise ResultError(
+                f"these are results of another {name} each: {', '.join(sorted(found))}. Report them apart."
+            )
+    asked = [(one.cell, one.question) for run in runs for one in run.questions]
+    if len(set(asked)) < len(asked):
+        raise ResultError("two files answer the same question through the same cache. Leave one of them out.")
 
 
 def _sources(read: Input) -> list[dict[str, str]]:
@@ -132,21 +184,21 @@ def _sources(read: Input) -> list[dict[str, str]]:
     headers = [run.header for run in read.runs]
     sources = [
         {"suite": one.suite, "model": one.model, "seeds": ", ".join(map(str, one.seeds)), "command": one.command}
-        | _machine(one.machine)
+        | _machine(Machine.model_validate(one.machine))
         for one in headers
     ]
-    sources += [{"command": one["command"]} | _machine(one["machine"]) for one in read.codecs]
+    sources += [{"command": one.command} | _machine(one.machine) for one in read.codecs]
     if read.rows:
         sources.append({"replayed": f"{len(read.rows)} rows of kvsched trace replay"})
     return sources
 
 
-def _machine(machine: dict[str, Any]) -> dict[str, str]:
-    kind = f"{machine.get('processor')}, {machine.get('cores')} cores, {machine.get('memory_gib')} GiB"
-    if machine.get("accelerator"):
-        kind += f", {machine['accelerator']}"
-    found = ", ".join(f"{name} {number}" for name, number in machine.get("versions", {}).items())
-    return {"machine": kind, "versions": found, "time": str(machine.get("time"))}
+def _machine(machine: Machine) -> dict[str, str]:
+    kind = f"{machine.processor}, {machine.cores} cores, {machine.memory_gib} GiB"
+    if machine.accelerator is not None:
+        kind += f", {machine.accelerator}"
+    found = ", ".join(f"{name} {number}" for name, number in machine.versions.items())
+    return {"machine": kind, "versions": found, "time": machine.time}
 
 
 def _tasks(runs: Sequence[results.Results]) -> Iterable[Section]:
@@ -207,16 +259,16 @@ def _drift(runs: Sequence[results.Results]) -> Iterable[Section]:
     for run in runs:
         for one in run.questions:
             if one.cache != "full" and len(one.kl) >= 2 * WIDTH:
-                lines = charts.setdefault((one.task, one.context, one.budget), defaultdict(list))
-                lines[metrics.label(metrics.without_budget(one.cell))].append(one)
+                caches = charts.setdefault((one.task, one.context, one.budget), defaultdict(list))
+                caches[metrics.label(metrics.without_budget(one.cell))].append(one)
     drawn = []
-    for (task, context, budget), ways in charts.items():
-        lines_ = []
-        for name, own in ways.items():
+    for (task, context, budget), caches in charts.items():
+        lines = []
+        for name, own in caches.items():
             found = metrics.by_position(own, WIDTH)
-            lines_.append(Line(name, [start for start, _ in found], [mean.value for _, mean in found]))
+            lines.append(Line(name, [start for start, _ in found], [mean.value for _, mean in found]))
         title = _title(task, context) if budget is None else f"{_title(task, context)}, budget {100 * budget:g} %"
-        drawn.append(Chart(title, "tokens decoded", "KL to the full cache, nats", lines_, log_y=True))
+        drawn.append(Chart(title, "tokens decoded", "KL to the full cache, nats", lines, log_y=True))
     if drawn:
         note = "Divergence of the next token's distribution from the full cache's while both read the same tokens."
         yield Section("Divergence as decoding goes on", note, [], [], drawn)
@@ -286,27 +338,16 @@ def _shows(policy: str, value: Callable[[list[Row]], float]) -> bool:
     return policy != ORACLE or value is not _share
 
 
-def _codec(found: dict[str, Any]) -> Section:
+def _codec(found: CodecBenchmark) -> Section:
     """Divergence against size of each codec."""
-    codecs = found["codecs"]
-    lines = [
-        Line(name, [row["ratio"]["mean"]], [row["kl"]["mean"]]) for name, row in codecs.items() if row["kl"]["mean"]
-    ]
+    lines = [Line(name, [row.ratio.mean], [row.kl.mean]) for name, row in found.codecs.items() if row.kl.mean > 0]
     chart = Chart("KL by codec", "times smaller than half precision", "KL, nats", lines, log_y=True, points=True)
-    table = [
-        [
-            name,
-            f"{row['ratio']['mean']:.2f}",
-            f"{row['kl']['mean']:.5f}",
-            f"{row['top1']['mean']:.3f}",
-            f"{row['decode_mb_s']['mean']:.0f}",
-        ]
-        for name, row in codecs.items()
-    ]
-    note = f"The cache of {found['context_tokens']} tokens written and read back; divergence of the "
-    note += (
-        f"{found['following_tokens']} tokens that follow, mean over {len(next(iter(found['runs'].values())))} texts."
-    )
+    table = []
+    for name, row in found.codecs.items():
+        numbers = f"{row.ratio.mean:.2f}", f"{row.kl.mean:.5f}", f"{row.top1.mean:.3f}", f"{row.decode_mb_s.mean:.0f}"
+        table.append([name, *numbers])
+    note = f"The cache of {found.context_tokens} tokens written and read back; divergence of the "
+    note += f"{found.following_tokens} tokens that follow, mean over {max(map(len, found.runs.values()))} texts."
     columns = ["codec", "ratio", "KL, nats", "same next token", "decode, MB/s"]
     return Section("KL by codec", note, columns, table, [chart])
 

@@ -62,9 +62,11 @@ def test_differences_are_over_the_same_questions_in_any_order() -> None:
     scores = [0.0, 1.0, 0.0, 1.0, 1.0, 0.0]
     full = [question(FULL, number, score) for number, score in enumerate(scores)]
     less = [question(DYNAKV, number, score - 0.25) for number, score in enumerate(scores)]
-    other = [question(replace(one, seed=1), 0, 1.0) for one in (FULL,)]  # pairs with nothing
+    seeds = [replace(FULL, seed=1), replace(DYNAKV, seed=1)]
+    other = [question(seeds[0], 0, 5.0), question(seeds[1], 0, 4.75)]
     summary = {one.cell: one for one in summarise([*reversed(less), *full, *other])}
     assert next(iter(summary)).cache == "full", "the full cache comes first"
+    assert len(summary) == 2 and summary[FULL].score.count == 7, "seeds are not averaged over"
     assert summary[FULL].change is None
     change = summary[DYNAKV].change
     assert change is not None and summary[DYNAKV].score.error > 0.1

@@ -157,11 +157,13 @@ def damaged(name: str, run: Path, rows: Path) -> tuple[str, str]:
         "a question missing": ("".join(lines[:2] + lines[3:]), "damaged"),
         "half a line": ("".join(lines)[:-40], "again to go on"),
         "other version": ("".join(lines).replace('"version":"', '"version":"9.'), "9."),
+        "no machine": ("".join(lines).replace('"processor":', '"other":'), "what machine"),
         "rows cut off": (rows.read_text()[:-30], "kvsched trace replay"),
         "rows of another form": ('[{"policy": "dynakv"}]', "kvsched trace replay"),
         "no rows": ("[]", "no rows"),
         "benchmark cut off": (CODEC.read_text()[:-30], "make bench-codec"),
         "benchmark of another version": (json.dumps(benchmark, indent=1), "0.0.1"),
+        "a benchmark without a number": (CODEC.read_text().replace('"kl"', '"other"'), "make bench-codec"),
         "another benchmark": (json.dumps({"machine": benchmark["machine"]}, indent=1), "make bench-codec"),
         "nothing": ("", "no result file"),
     }
@@ -176,11 +178,13 @@ def damaged(name: str, run: Path, rows: Path) -> tuple[str, str]:
         "a question missing",
         "half a line",
         "other version",
+        "no machine",
         "rows cut off",
         "rows of another form",
         "no rows",
         "benchmark cut off",
         "benchmark of another version",
+        "a benchmark without a number",
         "another benchmark",
         "nothing",
     ],
@@ -193,6 +197,15 @@ def test_what_is_not_whole_or_of_another_version_is_refused(run: Path, rows: Pat
         write([run, path], tmp_path / "report.html")
     assert str(path) in str(error.value)
     assert not (tmp_path / "report.html").exists()
+
+
+def test_runs_that_cannot_stand_side_by_side_are_refused(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(ResultError, match="same question"):
+        write([run, run], tmp_path / "report.html")
+    other = tmp_path / "other.jsonl"
+    other.write_text(run.read_text().replace('"model":"model"', '"model":"another"'))
+    with pytest.raises(ResultError, match="another, model"):
+        write([run, other], tmp_path / "report.html")
 
 
 def test_files_that_cannot_be_read_or_written_are_named(run: Path, tmp_path: Path) -> None:
