@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvsched_kernels import divide, kmeans, members, moments, nearest, two_means
+from kvsched_kernels import divide, kmeans, lloyd_step, members, moments, nearest, two_means, update
 
 
 def draw_points(seed: int, streams: int, n: int, dim: int = 4, distinct: int = 1 << 30, offset: float = 0.0):
@@ -117,3 +117,32 @@ def test_two_means_separates_two_groups():
     expected = (torch.arange(30) % 3 == 0).expand(3, -1)
     for got, want in zip(second, expected, strict=True):
         assert torch.equal(got, want) or torch.equal(got, ~want)
+
+
+@pytest.mark.parametrize("by_channel", [False, True])
+@pytest.mark.parametrize("first", [0, 1, 30])
+def test_moments_are_updated_as_if_all_points_came_at_once(by_channel, first):
+    points = draw_points(4, 2, 40, 6, offset=20.0)
+    label = torch.randint(-1, 7, (2, 40), generator=torch.Generator().manual_seed(5))
+    before = moments(points[:, :first], label[:, :first], 7, by_channel)
+    after = update(before, points[:, first:], label[:, first:])
+    for got, wanted in zip(after, moments(points.double(), label, 7, by_channel), strict=True):
+        torch.testing.assert_close(got.double(), wanted.double(), atol=1e-3, rtol=1e-5)
+
+
+def test_a_step_of_kmeans_takes_every_point_to_its_nearest_centroid_and_fills_empty_clusters():
+    points, centroid = draw_points(6, 2, 50, 3), draw_points(7, 2, 5, 3)
+    centroid[:, 4] = 1e3  # nobody's nearest
+    mask, live = torch.rand(2, 50, generator=torch.Generator().manual_seed(1)) < 0.8, torch.ones(2, 5, dtype=torch.bool)
+    label, moved = lloyd_step(points, mask, centroid, live)
+    assert torch.equal(label >= 0, mask)
+    distance = torch.cdist(points, centroid)
+    for s in range(2):
+        closest = distance[s].argmin(1)
+        away = (mask[s] & (label[s] != closest)).nonzero().flatten()
+        empty = set(range(5)) - set(closest[mask[s]].tolist())
+        assert 4 in empty and set(label[s, away].tolist()) == empty and len(away) == len(empty)
+        far = distance[s].min(1).values.masked_fill(~mask[s], -1.0).argmax()
+        assert far in away
+        for c in range(5):
+            torch.testing.assert_close(moved[s, c], points[s, label[s] == c].mean(0))
