@@ -99,10 +99,12 @@ def attention(
             outputs.append((query[s] @ keys.T * scaling).softmax(-1) @ values)
         return torch.stack(outputs)
 
-    row = (start.view(streams, count, 1) + torch.arange(_MEAN_CLUSTER, device=device)).flatten(1)
+    each = torch.arange(_MEAN_CLUSTER, device=device)
+    row = (start.view(streams, count, 1) + each).flatten(1)
     everything = torch.ones(streams, tokens, dtype=torch.bool, device=device)
 
     def one_copy() -> torch.Tensor:
+        row = (start.view(streams, count, 1) + each).flatten(1)
         return decode_attention(query, pool.key[row], pool.value[row], everything, scaling)[0]
 
     heads = query.reshape(1, streams * group, 1, dim)
@@ -120,6 +122,7 @@ def attention(
     )
     chosen = torch.zeros(streams, context, dtype=torch.bool, device=device)
     chosen.scatter_(1, row - context * torch.arange(streams, device=device).unsqueeze(1), True)
+    _try(case, "one_copy_compiled", lambda: torch.compile(one_copy))
     _try(case, "flex_block_mask", lambda: _flex(heads, key[None], value[None], chosen, group))
     _try(case, "flashinfer", lambda: _flashinfer(query, pool, row))
     return case
@@ -356,20 +359,28 @@ def rate(device: torch.device) -> tuple[Call, int]:
 
 
 def seconds(calls: dict[str, Call], rounds: int, device: torch.device) -> dict[str, dict[str, float]]:
-    """Quartiles of the time of each call; the calls take turns, after one round that does not count."""
+    """Quartiles of the time of each call.
+
+    The calls take turns. Each is called twice in a turn and timed the second time, so that none pays for the memory
+    and the cache that the one before it has left.
+    """
     taken: dict[str, list[float]] = {name: [] for name in calls}
-    for nth in range(rounds + 1):
+    for _ in range(rounds):
         for name, call in calls.items():
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
+            call()
+            wait(device)
             begin = time.perf_counter()
             call()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            if nth:
-                taken[name].append(time.perf_counter() - begin)
+            wait(device)
+            taken[name].append(time.perf_counter() - begin)
     cuts = {name: statistics.quantiles(values, n=4, method="inclusive") for name, values in taken.items()}
     return {name: dict(zip(("low", "median", "high"), values, strict=True)) for name, values in cuts.items()}
+
+
+def wait(device: torch.device) -> None:
+    """Until everything that was asked of the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def measure(device: torch.device, rounds: int) -> list[dict[str, Any]]:
@@ -416,9 +427,8 @@ def draw(devices: dict[str, list[dict[str, Any]]], path: Path) -> None:
         )
         for row, at in zip(rows, intensity, strict=True):
             reached = {name: row["operations"] / row["seconds"][name]["median"] / 1e9 for name in row["seconds"]}
-            points = panel.plot(
-                at, reached["ours"], "o", label=f"{row['case']} ({row['share_of_limit']:.0%} of its limit)"
-            )
+            name = f"{row['case']}, {row['context']} tokens" if "context" in row else row["case"]
+            points = panel.plot(at, reached["ours"], "o", label=f"{name} ({row['share_of_limit']:.0%} of its limit)")
             panel.plot(at, reached["straightforward"], "x", color=points[0].get_color())
         panel.set(xscale="log", yscale="log", xlabel="operations for each byte", ylabel="billion operations a second")
         panel.set_title(f"{device} (crosses: straightforward torch)")

@@ -115,8 +115,8 @@ def _in_torch(
 ) -> Part:
     """The same in torch: what runs on a CPU.
 
-    Stream by stream the copy of the rows stays in the processor's cache, which is faster than one copy for all of them
-    (`make bench-kernels` measures both).
+    Stream by stream the copy of the rows stays in the processor's cache; one copy for all of them is faster only while
+    all of that does (`make bench-kernels` measures both).
     """
     streams, group, _ = query.shape
     value_dim, token = pool.value.shape[1], torch.arange(int(runs.before[-1]), device=query.device)

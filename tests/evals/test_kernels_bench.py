@@ -28,6 +28,7 @@ def _nothing_is_compiled(monkeypatch):
         raise RuntimeError("no compiler here\nand a page of what it said")
 
     monkeypatch.setattr(kernels_bench, "_flex", refuse)
+    monkeypatch.setattr(torch, "compile", refuse)
 
 
 def test_contenders_give_the_same_answer():
@@ -57,7 +58,11 @@ def test_it_measures_keeps_and_draws(monkeypatch, tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     assert (tmp_path / "kernels.png").stat().st_size > 10_000
     rows = json.loads((tmp_path / "kernels.json").read_text())["devices"]["cpu"]
-    assert rows[0]["not_run"] == {"flex_block_mask": "no compiler here", "flashinfer": "FlashInfer needs an NVIDIA GPU"}
+    assert rows[0]["not_run"] == {
+        "one_copy_compiled": "no compiler here",
+        "flex_block_mask": "no compiler here",
+        "flashinfer": "FlashInfer needs an NVIDIA GPU",
+    }
     for row in rows:
         assert row["speed_up_over"]["straightforward"] > 0
         assert row["share_of_limit"] == pytest.approx(row["least_seconds"] / row["seconds"]["ours"]["median"])
