@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model eval-data demo test lint bench bench-codec bench-sparkv bench-kernels
+.PHONY: help setup model eval-data demo test lint bench bench-codec bench-dynakv bench-sparkv bench-kernels
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -45,6 +45,9 @@ bench-codec: setup model ## What every codec keeps, saves and costs, and progres
 	@$(BIN)/kvsched calibrate
 	@$(BIN)/python -m kvsched_evals.codec_bench --json evals/results/codec.json
 	@$(BIN)/python -m kvsched_evals.progressive_bench --json evals/results/progressive.json
+
+bench-dynakv: setup model ## DynaKV against other policies on flash and DynamicCache in DRAM, hours; ARGS="--contexts 4096"
+	@$(BIN)/python -m kvsched_evals.dynakv_bench $(ARGS)
 
 bench-sparkv: setup model ## Time to first token over shaped links, hours; ARGS="--links FOLDER" adds recorded ones
 	@$(BIN)/python -m kvsched_evals.sparkv_bench $(ARGS)

@@ -199,7 +199,7 @@ class DynaKVConfig(CacheConfig):
             attention with the same budget, and need more DRAM for the index.
         max_cluster_size: a cluster is split rather than grow beyond this.
         storage: how keys and values lie on flash; `auto` is the model's own dtype, so nothing is lost.
-        io_threads: reads in flight at once.
+        io_threads: reads in flight at once where the kernel does not take whole batches by itself.
     """
 
     directory: str | os.PathLike[str] | None = None

@@ -109,8 +109,8 @@ class _WatchedDecoder(Decoder):
         self.attended = [torch.cat([row[row >= 0], more]) for row, more in zip(used, self.chosen, strict=True)]
         return self.answer
 
-    def retrieve(self, found: Retrieval, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        entries, position = super().retrieve(found, step)
+    def retrieve(self, found: Retrieval) -> tuple[torch.Tensor, torch.Tensor]:
+        entries, position = super().retrieve(found)
         self.chosen = [row[row >= 0] for row in position]
         return entries, position
 

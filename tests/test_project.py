@@ -81,6 +81,7 @@ def test_make_lists_its_targets() -> None:
         "lint",
         "bench",
         "bench-codec",
+        "bench-dynakv",
         "bench-sparkv",
         "bench-kernels",
     ]

@@ -8,16 +8,14 @@ of bytes read is the proof. The same clusters are missing in every layout, so ti
 from __future__ import annotations
 
 import sys
-import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import torch
-import typer
 from tqdm.auto import tqdm
 
 from kvsched import DynaKVConfig
@@ -37,14 +35,16 @@ from kvsched.dynakv.storage import ClusterStorage
 from kvsched.trace import LayerTrace, Trace
 from kvsched_kernels import kmeans
 
-from .machine import keep
-
 POLICIES: dict[str, Callable[[], Policy]] = {
     "cluster_aligned": ClusterAligned,
     "least_recently_used": LeastRecentlyUsed,
     "least_frequently_used": LeastFrequentlyUsed,
 }
-DIRECTORY = Path(tempfile.gettempdir())
+MEAN = 3.0
+"""Tokens in a cluster, on average."""
+
+THREADS = 8
+"""Reads in flight, where the kernel does not take all at once."""
 
 ORDER_QUERIES = 256
 """Queries of the prompt that the order on flash comes from."""
@@ -257,60 +257,49 @@ def moved(heads: list[Head], steps: int, entry: int, directory: Path) -> dict[st
         storage.close()
 
 
-def main(
-    trace: Annotated[Path, typer.Argument(help="A trace, as `kvsched trace record` writes it.")],
-    json_path: Annotated[Path | None, typer.Option("--json", help="Also write everything measured here.")] = None,
-    directory: Annotated[Path, typer.Option(help="On the device to measure.")] = DIRECTORY,
-    layers: Annotated[int, typer.Option(help="Layers of the trace, evenly spaced.", min=1)] = 4,
-    prompt: Annotated[int, typer.Option(help="Tokens that are clustered.", min=64)] = 4096,
-    steps: Annotated[int, typer.Option(help="Tokens decoded.", min=2)] = 256,
-    mean: Annotated[float, typer.Option(help="Mean tokens in a cluster.", min=1)] = 3.0,
-    budget: Annotated[int, typer.Option(help="Tokens retrieved for each KV head.", min=1)] = 256,
-    dram: Annotated[str, typer.Option(help="Shares of the clusters that DRAM holds.")] = "0.05,0.1,0.2,0.4",
-    threads: Annotated[int, typer.Option(help="Reads in flight.", min=1)] = 8,
-    repeats: Annotated[int, typer.Option(help="Of each timing.", min=1)] = 5,
-) -> None:
-    """Measure layouts, data moved and replacement on a recorded decode."""
-    recorded = Trace.open(trace)
-    numbers = [recorded.layers[i] for i in np.linspace(0, len(recorded.layers) - 1, layers).round().astype(int)]
+def storage(
+    trace: Trace,
+    numbers: Sequence[int],
+    directory: Path,
+    budget: int,
+    prompt: int = 4096,
+    steps: int = 256,
+    shares: Sequence[float] = (0.05, 0.1, 0.2, 0.4),
+    repeats: int = 5,
+) -> dict[str, Any]:
+    """Layouts, data moved and replacement on a recorded decode.
+
+    Args:
+        numbers: layers of the trace.
+        directory: on the device to measure.
+        budget: tokens retrieved for each KV head.
+        prompt: tokens that are clustered; steps: tokens decoded after them.
+        shares: of the clusters that DRAM holds.
+        repeats: of each timing.
+    """
+    prompt = min(prompt, trace.tokens - steps)
     heads: list[list[Head]] = []
     for number in tqdm(numbers, desc="clustering", file=sys.stderr):
-        layer = recorded.layer(number)
-        each = range(recorded.kv_heads)
-        heads.append([read_head(layer, head, prompt, steps, mean, budget, recorded.scaling) for head in each])
+        layer = trace.layer(number)
+        each = range(trace.kv_heads)
+        heads.append([read_head(layer, head, prompt, steps, MEAN, budget, trace.scaling) for head in each])
     entry = 2 * layer.keys.shape[2] * layer.keys.dtype.itemsize
     asked = accesses(heads, steps)
     total = sum(len(head.label) for of in heads for head in of)
     skip = steps // 4
-    shares: dict[str, Any] = {}
-    for share in map(float, dram.split(",")):
+    found: dict[str, Any] = {}
+    for share in shares:
         capacity = max(int(share * total), int(max(access.sizes.sum() for access in asked)))
         rates = {name: replay(asked, capacity, policy, skip) for name, policy in POLICIES.items()}
         hit = {name: rate.clusters_found / rate.clusters for name, rate in rates.items()}
         away = missing(asked, capacity, skip)
-        measured = time_layouts(heads, away, entry, directory, threads, repeats)
-        shares[str(share)] = {"capacity_entries": capacity, "hit_rate": hit, "layouts": measured}
-        typer.echo(f"DRAM for {share:.0%}: hits " + ", ".join(f"{name} {rate:.3f}" for name, rate in hit.items()))
-        for name, of in measured.items():
-            if "reads" in of:
-                typer.echo(
-                    f"  {name:17} {of['entries_a_read']:6.1f} entries a read, {of['bytes_read_over_missing']:.2f}x the "
-                    f"bytes missing, {of['time_over_co_retrieved']:.2f}x the time, kernel read "
-                    f"{np.median(of['kernel_bytes_over_bytes_read']):.3f}x the bytes asked for"
-                )
-    again = moved([head for of in heads for head in of], steps, entry, directory)
-    typer.echo(f"appends and splits: packing moves {again['packed_over_pools']:.0f}x what pools move")
-    if json_path is not None:
-        result = {
-            "trace": {"model": recorded.model, "layers": numbers, "prompt": prompt, "steps": steps},
-            "clusters": sum(len(head.sizes) for of in heads for head in of),
-            "entry_bytes": entry,
-            "dram": shares,
-            "moved": again,
-        }
-        keep(json_path, "flash_bench", result)
-        typer.echo(f"written to {json_path}")
-
-
-if __name__ == "__main__":
-    typer.run(main)
+        measured = time_layouts(heads, away, entry, directory, THREADS, repeats)
+        found[str(share)] = {"capacity_entries": capacity, "hit_rate": hit, "layouts": measured}
+    return {
+        "prompt": prompt,
+        "steps": steps,
+        "clusters": sum(len(head.sizes) for of in heads for head in of),
+        "entry_bytes": entry,
+        "dram": found,
+        "moved": moved([head for of in heads for head in of], steps, entry, directory),
+    }

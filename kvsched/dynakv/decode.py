@@ -35,48 +35,57 @@ class Decoder:
         parts = [decode_attention(query, *form.apart(entries), present, scaling, softcap, sinks)]
         if index.width == 0:
             return parts
-        score = cap_scores(self.policy.score(query, index).mul_(scaling), softcap)
-        tokens = self.policy.tokens(index)
+        score = cap_scores(self.policy.score(query.float() * scaling, index), softcap)
+        tokens = self.policy.tokens(index).float()
         peak = score.amax(-1, keepdim=True)
-        mass = (score - peak).exp_().mul_(tokens.unsqueeze(1))
+        mass = score.sub_(peak).exp_().mul_(tokens.unsqueeze(1))
+        everything = mass.sum(-1, keepdim=True)
         # The heads of a group differ in what they find here at all: one that looks at its sinks has no say.
-        total = mass.sum(-1, keepdim=True) + (parts[0][1].unsqueeze(-1) - peak).exp_()
-        worth = (mass / total).sum(1) / tokens
+        share = (everything + (parts[0][1].unsqueeze(-1) - peak).exp_()).reciprocal_()
+        worth = torch.bmm(share.transpose(1, 2), mass)[:, 0].div_(tokens)
         waiting = (self.dense.position[:, self.dense.waiting] >= 0).sum(1, keepdim=True)
-        found = self.policy.choose(worth, index, (self.policy.config.budget - waiting).clamp_min(0))
-        entries, position = self.retrieve(found, step)
+        found = self.policy.choose(worth, index, (self.policy.config.budget - waiting).clamp_min_(0))
+        self.clusters.storage.begin(step)
+        self.clusters.read_ahead(found.stream, found.cluster)
+        if self.policy.estimated:  # while clusters arrive from flash
+            estimate = self._estimate(mass, peak[..., 0], found)
+            known = peak[..., 0] + (everything - mass.sum(-1, keepdim=True))[..., 0].log_()
+        entries, position = self.retrieve(found)
         parts.append(decode_attention(query, *form.apart(entries), position >= 0, scaling, softcap))
         if self.policy.estimated:
-            parts.append(self._estimate(mass, peak[..., 0], found, parts[1][1]))
+            parts.append(self._corrected(estimate, parts[1][1] - known))
         return parts
 
-    def retrieve(self, found: Retrieval, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def retrieve(self, found: Retrieval) -> tuple[torch.Tensor, torch.Tensor]:
         """Entries `[S, n, width]` and positions `[S, n]` (-1 where none is) of what was chosen."""
-        self.clusters.storage.begin(step)
         return self.clusters.gather(found.stream, found.cluster, found.kept)
 
-    def _estimate(self, mass: torch.Tensor, peak: torch.Tensor, found: Retrieval, total: torch.Tensor) -> Part:
+    def _estimate(self, mass: torch.Tensor, peak: torch.Tensor, found: Retrieval) -> Part:
         """Attention over the clusters left out: each as `size` tokens with its mean key and mean value.
+
+        Args:
+            mass: float32 `[S, G, C]`, size times exp(score of the mean key - peak); what was chosen is set to 0.
+            peak: `[S, G]`.
+        """
+        others = mass.masked_fill_(found.chosen.unsqueeze(1), 0.0)
+        if self.policy.estimated < 1:
+            best = others.sum(1).topk(math.ceil(self.policy.estimated * others.shape[2]), dim=1).indices
+            others = others * torch.zeros_like(others[:, 0]).scatter_(1, best, 1.0).unsqueeze(1)
+        together = others.sum(-1)
+        output = self.clusters.index.tables["value"].mix(others)
+        output /= together.clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(-1)
+        return output, peak + together.log_()
+
+    def _corrected(self, estimate: Part, missed: torch.Tensor) -> Part:
+        """The estimate, scaled by what it missed in the clusters that were retrieved.
 
         A mean key underrates its cluster, since exp is convex. By how much shows on the retrieved clusters, whose exact
         sum is known: all others are corrected by the same factor, within [1/e, e].
 
         Args:
-            mass: float32 `[S, G, C]`, size times exp(score of the mean key - peak); peak: `[S, G]`.
-            total: `[S, G]`, log of the exact sum over the retrieved clusters.
+            missed: `[S, G]`, log of the exact sum over the retrieved clusters by the sum of their estimates.
         """
-        left = torch.ones(mass.shape[0], mass.shape[2], dtype=torch.bool, device=mass.device)
-        left[found.stream, found.cluster] = False
-        others = mass * left.unsqueeze(1)
-        if self.policy.corrects:
-            known = peak + (mass.sum(-1) - others.sum(-1)).log()
-            factor = (total - known).nan_to_num(0.0, 0.0, 0.0).clamp_(-1.0, 1.0)
-        if self.policy.estimated < 1:
-            best = others.sum(1).topk(math.ceil(self.policy.estimated * left.shape[1]), dim=1).indices
-            others = others * torch.zeros_like(left).scatter_(1, best, True).unsqueeze(1)
-        together = others.sum(-1, keepdim=True)
-        output = self.clusters.index.tables["value"].mix(others / together.clamp_min(torch.finfo(torch.float32).tiny))
-        estimate = peak + together[..., 0].log()
-        if self.policy.corrects:
-            estimate = estimate + factor
-        return output, estimate
+        output, total = estimate
+        if not self.policy.corrects:
+            return estimate
+        return output, total + missed.nan_to_num_(0.0, 0.0, 0.0).clamp_(-1.0, 1.0)

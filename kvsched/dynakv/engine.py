@@ -1,7 +1,7 @@
 """How batches of reads and writes reach the device. Another engine (io_uring, NIXL) is one more class of this form.
 
-The paper reads by io_uring. Threads on `preadv` were as fast on the machines measured and need no library, so they
-are the engine there is.
+The paper reads by io_uring. Here the kernel's older asynchronous calls do the same without a library (`aio`); threads
+stand in where there are none.
 """
 
 from __future__ import annotations

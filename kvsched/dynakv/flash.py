@@ -5,6 +5,7 @@ The file has no name (or loses it right after it was made), so nothing stays beh
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import mmap
 import os
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import FlashError
+from .aio import KernelEngine
 from .engine import Engine, Request, ThreadEngine, Transfer
 
 SECTOR = 512
@@ -46,7 +48,7 @@ class Buffer:
 
 
 class FlashFile:
-    """A nameless file in `directory`, read and written by `threads` threads.
+    """A nameless file in `directory`, read and written by the kernel itself or, where it cannot, by `threads` threads.
 
     `direct` says whether the page cache is bypassed. File systems that refuse it (some network and overlay ones) are
     used through the page cache instead, which costs DRAM that no budget counts. Offsets, lengths and addresses in
@@ -62,7 +64,7 @@ class FlashFile:
         self.size = 0
         self._closing = threading.Lock()
         self._fd, self.direct, self.alignment = self._open()
-        self._engine: Engine = ThreadEngine(threads)
+        self._engine = self._fastest(threads)
 
     def _open(self) -> tuple[int, bool, int]:
         try:
@@ -76,6 +78,12 @@ class FlashFile:
         except OSError as error:
             raise self._error("create", error) from error
         raise AssertionError("unreachable: the last attempt returns or raises")
+
+    def _fastest(self, threads: int) -> Engine:
+        if self.direct:
+            with contextlib.suppress(OSError):  # sandboxes forbid it, and other systems do not have it
+                return KernelEngine()
+        return ThreadEngine(threads)
 
     def _open_nameless(self, flags: int) -> tuple[int, int]:
         flags |= os.O_RDWR | os.O_CLOEXEC
@@ -148,7 +156,10 @@ class FlashFile:
     def _start(self, requests: Sequence[Request], write: bool) -> Transfer:
         if self._fd < 0:
             raise FlashError("the cache was closed and its file is gone. Make a new DynaKVCache.")
-        return self._engine.start(self._fd, requests, write)
+        try:
+            return self._engine.start(self._fd, requests, write)
+        except OSError as error:
+            raise self._error("read or write", error) from error
 
     def _error(self, verb: str, error: OSError) -> FlashError:
         fix = {

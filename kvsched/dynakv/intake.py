@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import torch
 
+from kvsched_kernels import moments
+
+from .affinity import number
 from .clusters import ranks
 from .dense import BATCH, WAITING, DenseTokens
 from .policies import pages
@@ -26,8 +29,11 @@ class Intake:
         self.clusters, self.dense, self.policy = clusters, dense, clusters.policy
         self.grouped = clusters.index.count.clone()
 
-    def take(self, entries: torch.Tensor, position: torch.Tensor) -> bool:
+    def take(self, entries: torch.Tensor, position: torch.Tensor, query: torch.Tensor | None = None) -> bool:
         """Take in new tokens `[S, q, width]` at `position` (int64 `[S, q]`, -1 for padding).
+
+        Args:
+            query: those of their queries that tell how clusters are retrieved (`affinity`), `[S, G, Q, D]`, scaled.
 
         Returns:
             Whether tokens began to wait, so that `settle` has to follow.
@@ -40,7 +46,7 @@ class Intake:
             self._group_alone(entries, position)
             return False
         if int((position >= 0).sum(1).max()) > WAITING:
-            self._group(entries, position)
+            self._group(entries, position, query)
             return False
         for i, part in enumerate(zip(entries.split(BATCH, dim=1), position.split(BATCH, dim=1), strict=True)):
             if i > 0:
@@ -100,13 +106,20 @@ class Intake:
         self._group(entries, position)
         self.grouped = index.count.clone()
 
-    def _group(self, entries: torch.Tensor, position: torch.Tensor) -> None:
-        """Make clusters of tokens by themselves, as the policy groups them, in stretches of text of its choice."""
+    def _group(self, entries: torch.Tensor, position: torch.Tensor, query: torch.Tensor | None = None) -> None:
+        """Make clusters of tokens by themselves, as the policy groups them, in stretches of text of its choice.
+
+        Those of a prompt come in the order in which its own queries say that they should lie.
+        """
         whole = position.shape[1]
         step = -(-whole // -(-whole // (self.policy.together or whole)))
         for stretch, at in zip(entries.split(step, dim=1), position.split(step, dim=1), strict=True):
             keys = self.clusters.form.apart(stretch)[0].float()
-            self.clusters.create(stretch, at, *self.policy.group(keys, at >= 0))
+            label, groups = self.policy.group(keys, at >= 0)
+            if query is not None and self.policy.ordered and bool(groups.any()):
+                centroid, size, _ = moments(keys, label, int(groups.max()))
+                label = number(label, centroid, size, query.float(), self.policy.config.budget)
+            self.clusters.create(stretch, at, label, groups)
 
     def _waiting_clusters(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Stream, column in the waiting region and nearest cluster of each waiting token, where there are clusters."""

@@ -20,6 +20,7 @@ from kvsched_kernels import merge_parts
 from ..attention import carry
 from ..config import DynaKVConfig
 from ..errors import UnsupportedModelError
+from .affinity import telling
 from .decode import Decoder
 from .dense import DenseTokens
 from .intake import Intake
@@ -179,15 +180,18 @@ class DynaKVLayer(CacheLayerMixin):
         # Layers that share keys (Gemma 3n) ask again with keys that were taken in already.
         arrived, self._arrived = self._arrived, None
         own = None if arrived is None else self._located(arrived, attention_mask)
+        asked = self._asked(query, attention_mask, **kwargs)
         alone, first = query.shape[2] == 1, key.shape[2] == self._seen
         output: tuple[torch.Tensor, torch.Tensor | None]
         if first:
             output = inner(module, query, key, value, attention_mask, **kwargs)
         elif not alone:
-            output = self._answer_chunk(self._asked(query, attention_mask, **kwargs), own), None
-        left_window = own is not None and self._intake.take(own.entries, own.position)
+            output = self._answer_chunk(asked, own), None
+        left_window = own is not None and self._intake.take(
+            own.entries, own.position, telling(asked.query) * asked.scaling
+        )
         if alone and not first:
-            output = self._answer_one(self._asked(query, attention_mask, **kwargs)), None
+            output = self._answer_one(asked), None
         if left_window:
             self._intake.settle()  # after decoding, when the clusters that this step retrieved are in DRAM
         if own is not None:

@@ -32,6 +32,7 @@ class Policy:
             groups are split. `chain`: each joins the nearest group, which grows without end.
         segment: a multiple of 16.
         together: tokens of a prompt that are grouped at a time, at most; `None` for all of them.
+        ordered: the groups of a prompt lie on flash in the order of `affinity`.
         estimated: share of the groups left out, best scores first, that take part by their size and mean value.
         corrects: the estimate is scaled by what it missed in the groups that were fetched.
         dense_layers: first layers whose tokens all take part and stay in DRAM.
@@ -41,6 +42,7 @@ class Policy:
     intake: Literal["own", "split", "chain"] = "own"
     segment: int = 512
     together: int | None = None
+    ordered: bool = False
     estimated: float = 0.0
     corrects: bool = False
     dense_layers: int = 0
@@ -104,6 +106,7 @@ class DynaKV(Policy):
     cluster_size = 2.75
     intake = "split"
     together = 2048
+    ordered = True
     estimated = 1.0
     corrects = True
 
@@ -222,8 +225,7 @@ class TokenTopK(Policy):
     def choose(self, worth: torch.Tensor, index: ClusterIndex, budget: torch.Tensor) -> Retrieval:
         size = index.size[:, : index.width]
         kept = choose_clusters(worth, self.tokens(index), budget).view(*size.shape, -1)
-        found = Retrieval.of(kept.any(-1), size)
-        return Retrieval(found.stream, found.cluster, found.size, kept[found.stream, found.cluster])
+        return Retrieval.of(kept.any(-1), size, kept)
 
 
 POLICIES: dict[str, type[Policy]] = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 
@@ -12,51 +13,50 @@ class Retrieval:
     """The clusters that a query needs, int64 `[N]` each, by stream and then by number.
 
     Args:
-        stream, cluster: which.
+        chosen: bool `[S, C]`, which of all.
+        stream, cluster: the same as numbers.
         size: tokens in each.
         kept: bool `[N, max_size]`, the tokens that take part in attention; `None` for all of them.
     """
 
+    chosen: torch.Tensor
     stream: torch.Tensor
     cluster: torch.Tensor
     size: torch.Tensor
     kept: torch.Tensor | None = None
 
     @classmethod
-    def of(cls, chosen: torch.Tensor, size: torch.Tensor) -> Retrieval:
-        """What bool `chosen` `[S, C]` marks, with integer sizes `[S, C]`."""
+    def of(cls, chosen: torch.Tensor, size: torch.Tensor, kept: torch.Tensor | None = None) -> Retrieval:
+        """What bool `chosen` `[S, C]` marks, with integer sizes `[S, C]` and bool `kept` `[S, C, max_size]`."""
         stream, cluster = chosen.nonzero(as_tuple=True)
-        return cls(stream, cluster, size[stream, cluster].long())
+        kept = None if kept is None else kept[stream, cluster]
+        return cls(chosen, stream, cluster, size[stream, cluster].long(), kept)
 
 
 @dataclass(frozen=True)
 class Places:
-    """For every wanted token of some clusters, in the order of the clusters, int64 `[T]`.
+    """Where the tokens of some clusters go in a batch of `[S, width]` tokens that is packed to the left.
 
     Args:
-        token: its number among all tokens of the clusters.
-        stream, column: place in a batch of `[S, width]` tokens that is packed to the left.
+        row: int64 `[T]`, for every token in the order of the clusters `stream * width + column`, -1 where it is left
+            out.
         width: tokens of the fullest stream.
     """
 
-    token: torch.Tensor
-    stream: torch.Tensor
-    column: torch.Tensor
+    row: np.ndarray
     width: int
 
 
-def places(stream: torch.Tensor, size: torch.Tensor, streams: int, kept: torch.Tensor | None = None) -> Places:
+def places(stream: np.ndarray, size: np.ndarray, streams: int, kept: np.ndarray | None = None) -> Places:
     """Where the tokens of clusters go that belong to `stream` `[N]` (ascending) and hold `size` `[N]` tokens.
 
     Of these only the tokens that `kept` (bool `[N, max_size]`) marks get a place, if it is given.
     """
-    total = int(size.sum())
-    cluster = torch.arange(len(size), device=size.device).repeat_interleave(size, output_size=total)
-    token = torch.arange(total, device=size.device)
-    if kept is not None:
-        inside = kept[cluster, token - (size.cumsum(0) - size)[cluster]]
-        cluster, token = cluster[inside], token[inside]
-    of = stream[cluster]
-    per_stream = torch.bincount(of, minlength=streams)
-    column = torch.arange(len(of), device=size.device) - (per_stream.cumsum(0) - per_stream)[of]
-    return Places(token, of, column, int(per_stream.max()))
+    of = np.repeat(stream, size)
+    wanted = np.ones(len(of), dtype=bool) if kept is None else kept[np.arange(kept.shape[1]) < size[:, None]]
+    per_stream = np.bincount(of[wanted], minlength=streams)
+    width = int(per_stream.max())
+    row = np.full(len(of), -1, dtype=np.int64)
+    before = np.arange(streams) * width - (np.cumsum(per_stream) - per_stream)
+    row[wanted] = np.arange(per_stream.sum()) + before[of[wanted]]
+    return Places(row, width)

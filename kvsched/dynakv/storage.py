@@ -1,8 +1,9 @@
 """The clusters' bytes, in two tiers: an arena of entries in DRAM over a file on flash.
 
-Clusters are made, grow and split in the arena and reach flash when they leave it, many at a time. On flash a cluster is
-one stretch of entries, and those that are retrieved together lie together (`pools`); reads and writes of whole sectors
-go through buffers, from which entries are copied to their rows, so neighbours come in one read whatever lies between.
+Clusters are made, grow and split in the arena and reach flash, many at a time, when they leave it or, where not all can
+stay, when they are made. On flash a cluster is one stretch of entries, and those that are retrieved together lie
+together (`pools`); reads and writes of whole sectors go through buffers, from which entries are copied to their rows,
+so neighbours come in one read whatever lies between.
 Everything here is counted against one budget of DRAM.
 """
 
@@ -53,6 +54,8 @@ class ClusterStorage:
 
     Attributes:
         on_read: called for every read of clusters that is issued, with its bytes and the addresses it brings.
+        entry_bytes: of an entry with its position, as it lies on flash.
+        entries_read: entries of clusters that reads were issued for.
         read_seconds: how long callers waited for reads.
         bytes_moved: of entries that were written to flash again because their cluster moved or was split.
     """
@@ -60,6 +63,7 @@ class ClusterStorage:
     def __init__(self, config: DynaKVConfig) -> None:
         self.flash = FlashFile(config.directory, config.io_threads)
         self.on_read: Callable[[int, np.ndarray], None] | None = None
+        self.entries_read = 0
         self.read_seconds = 0.0
         self.bytes_moved = 0
         self.residency: Residency | None = None
@@ -88,11 +92,11 @@ class ClusterStorage:
                 )
             return
         self._width, self.dtype = width, dtype
-        self._entry = width * dtype.itemsize + POSITION_BYTES
+        self.entry_bytes = width * dtype.itemsize + POSITION_BYTES
         sector = self.flash.alignment
-        least = -(-int((1 + WASTE) * self._largest * self._entry + 2 * sector) // PAGE) * PAGE
+        least = -(-int((1 + WASTE) * self._largest * self.entry_bytes + 2 * sector) // PAGE) * PAGE
         buffer = max(least, int(min(self._dram * BUFFER_SHARE, LARGEST_BUFFER)) // PAGE * PAGE)
-        row = self._entry + ROW_TABLES
+        row = self.entry_bytes + ROW_TABLES
         self._least_rows = 2 * self._largest
         if self._dram * (1 - UNCOUNTED) < 3 * buffer + self._least_rows * row:
             enough = (3 * least + self._least_rows * row) / (1 - UNCOUNTED - 3 * BUFFER_SHARE)
@@ -102,13 +106,13 @@ class ClusterStorage:
             )
         self._shared = 3 * buffer + int(self._dram * UNCOUNTED)
         # Sectors hold several entries, or entries several sectors, or neither: then pools share sectors.
-        grain = sector // math.gcd(sector, self._entry)
+        grain = sector // math.gcd(sector, self.entry_bytes)
         self.pools = Pools(self._largest, grain if grain <= 4 else 1)
         self.arena = Arena((self._dram - self._shared) // row, self._largest, width * dtype.itemsize)
-        self.residency = Residency(self.arena.limit, ClusterAligned(), self._entry)
+        self.residency = Residency(self.arena.limit, ClusterAligned(), self.entry_bytes)
         self._reader, self._writer = Buffer(buffer), Buffer(buffer)
         self.ahead = Ahead(Buffer(buffer))
-        self._step_bytes = math.gcd(self._entry, sector)
+        self._step_bytes = math.gcd(self.entry_bytes, sector)
 
     @property
     def table(self) -> Residency:
@@ -166,23 +170,32 @@ class ClusterStorage:
             self._load(addresses[missing], sizes[missing], slots[missing])
         return slots
 
-    def gather(self, addresses: np.ndarray, sizes: np.ndarray) -> tuple[torch.Tensor, np.ndarray]:
-        """Entries of clusters, cluster after cluster, `[sizes.sum(), width]`, and their positions, int32.
+    def gather(
+        self, addresses: np.ndarray, sizes: np.ndarray, row: np.ndarray | None = None, rows: int = 0
+    ) -> tuple[torch.Tensor, np.ndarray]:
+        """Entries of clusters, `[sizes.sum(), width]`, cluster after cluster, and their positions, int32.
 
         It starts rounds of its own: clusters that DRAM cannot hold at once come one part after the other.
+
+        Args:
+            row: int64 `[sizes.sum()]`, where each entry goes among `rows` instead, -1 for those left out. What no entry
+                goes to is 0, at position -1.
         """
-        total = int(sizes.sum())
-        entries, position = np.empty(total, dtype=self.arena.entries.dtype), np.empty(total, dtype=np.int32)
+        if row is None:
+            rows = int(sizes.sum())
+            row = np.arange(rows)
+        data = np.zeros(rows + 1, dtype=self.arena.data.dtype)  # the last takes what is left out
+        entries, position = self.arena.apart(data)
+        position[:] = -1
         ends, start, done = np.cumsum(sizes), 0, 0
         while start < len(sizes):
             self.begin()
             part = slice(start, max(start + 1, int(np.searchsorted(ends, done + self.table.capacity, side="right"))))
             slots = self.fetch(addresses[part], sizes[part])
-            rows = self.arena.rows(*places(slots, np.zeros_like(slots), sizes[part]))
-            entries[done : done + len(rows)] = self.arena.entries[rows]
-            position[done : done + len(rows)] = self.arena.position[rows]
-            start, done = part.stop, done + len(rows)
-        return self._to_tensor(entries), position
+            there = self.arena.rows(*places(slots, np.zeros_like(slots), sizes[part]))
+            data[row[done : done + len(there)]] = self.arena.data[there]
+            start, done = part.stop, done + len(there)
+        return self._to_tensor(entries[:-1]), position[:-1].copy()
 
     def prefetch(self, addresses: np.ndarray, sizes: np.ndarray) -> None:
         """Start reading clusters that may be asked for next, as many as the buffer takes; nothing waits for them.
@@ -191,7 +204,7 @@ class ClusterStorage:
         meanwhile: what was read ahead of that is never used.
         """
         away = np.flatnonzero(self.table.slot_of(addresses) < 0)
-        needs = self._needs(sizes[away] * self._entry)
+        needs = self._needs(sizes[away] * self.entry_bytes)
         away = away[: next(self._parts(needs, len(self.ahead.buffer.memory)), slice(0)).stop]
         with self._failing():
             self.ahead.give_up(self.flash)
@@ -233,6 +246,9 @@ class ClusterStorage:
             rows = self.arena.take(slots, np.zeros_like(slots), sizes[part])
             held = slice(int(ends[part.stop - 1]) - len(rows), int(ends[part.stop - 1]))
             self._fill(rows, entries[held], None if position is None else position[held])
+            if self.pools.end > self.table.capacity:
+                # Most will leave DRAM. Now they are neighbours, later each would share its first and last sector.
+                self._write_back(slots, addresses[part], sizes[part])
         self._unfit = True
         return addresses
 
@@ -362,7 +378,7 @@ class ClusterStorage:
         self.flash.close()
 
     def _saved_parts(self, sizes: np.ndarray) -> Iterator[slice]:
-        return self._parts(sizes * self._entry, SAVED_PART)
+        return self._parts(sizes * self.entry_bytes, SAVED_PART)
 
     def _packed(self, addresses: np.ndarray, sizes: np.ndarray) -> bytes:
         """Entries and positions of clusters as they lie in DRAM."""
@@ -387,7 +403,7 @@ class ClusterStorage:
         """
         self._unfit = False
         tables = self.table_bytes - ROW_TABLES * self.arena.limit
-        row = self._entry + ROW_TABLES
+        row = self.entry_bytes + ROW_TABLES
         rows = max(self._least_rows, (self._dram - self._shared - tables - sum(self._spent.values())) // row)
         if rows >= self.table.capacity:
             self.table.capacity = self.arena.grow(rows)
@@ -400,7 +416,7 @@ class ClusterStorage:
 
     def _reserve(self) -> None:
         """Have room on flash for all places, in steps, so that the device cannot turn out full later."""
-        needed = (self.pools.end + 1) * self._entry + PAGE
+        needed = (self.pools.end + 1) * self.entry_bytes + PAGE
         if needed > self.flash.size:
             size = max(needed, self.flash.size + min(self.flash.size, LARGEST_STEP), SMALLEST_STEP)
             with self._failing():
@@ -420,7 +436,7 @@ class ClusterStorage:
                 self._unpack(self.ahead.buffer, placed, slots[here])
             addresses, sizes, slots = addresses[~here], sizes[~here], slots[~here]
             order = np.argsort(self.pools.where(addresses)[0])
-            for part in self._parts(self._needs(sizes[order] * self._entry), len(self._reader.memory)):
+            for part in self._parts(self._needs(sizes[order] * self.entry_bytes), len(self._reader.memory)):
                 some = order[part]
                 transfer, placed = self._start_reading(self._reader, addresses[some], sizes[some])
                 self.flash.wait(transfer)
@@ -430,13 +446,14 @@ class ClusterStorage:
     def _start_reading(self, buffer: Buffer, addresses: np.ndarray, sizes: np.ndarray) -> tuple[Transfer, Placed]:
         origin, step = self.pools.where(addresses)
         backwards = np.where(step < 0, sizes - 1, 0)
-        runs = merge((origin - backwards) * self._entry, sizes * self._entry, self.flash.alignment)
+        runs = merge((origin - backwards) * self.entry_bytes, sizes * self.entry_bytes, self.flash.alignment)
         self._finish_writes(runs.offset, runs.length)
         if self.on_read is not None:
             for i, nbytes in enumerate(runs.length.tolist()):
                 self.on_read(nbytes, addresses[runs.run == i])
         transfer = self.flash.read(_requests(runs, buffer))
-        return transfer, Placed(runs.at + backwards * self._entry, step * self._entry, sizes)
+        self.entries_read += int(sizes.sum())
+        return transfer, Placed(runs.at + backwards * self.entry_bytes, step * self.entry_bytes, sizes)
 
     def _unpack(self, buffer: Buffer, placed: Placed, slots: np.ndarray) -> None:
         """Copy entries from a buffer to rows of their own."""
@@ -454,28 +471,28 @@ class ClusterStorage:
         changed = ~self.arena.clean[rows]
         if not changed.any():
             return
-        self.bytes_moved += int(self.arena.stored[rows[changed]].sum()) * self._entry
+        self.bytes_moved += int(self.arena.stored[rows[changed]].sum()) * self.entry_bytes
         origin, step = self.pools.where(addresses)
         place = origin[cluster] + step[cluster] * offset
         # A cluster's entries that share a sector with changed ones are written too: it spares reading the sector.
         sector = self.flash.alignment
-        low, high = place * self._entry // sector, (place * self._entry + self._entry - 1) // sector
+        low, high = place * self.entry_bytes // sector, (place * self.entry_bytes + self.entry_bytes - 1) // sector
         touched = np.unique([low[changed], high[changed]])
         changed = np.isin(low, touched) | np.isin(high, touched)
         order = np.argsort(place[changed])
         rows, place = rows[changed][order], place[changed][order]
         self.arena.clean[rows] = self.arena.stored[rows] = True
 
-        longest = len(self._writer.memory) // (4 * self._entry)
+        longest = len(self._writer.memory) // (4 * self.entry_bytes)
         begins = np.flatnonzero(np.diff(place, prepend=-2) != 1)
         count = np.diff(begins, append=len(place))
         pieces, nth = places(np.arange(len(begins)), np.zeros_like(count), -(-count // longest))
         begins = begins[pieces] + nth * longest
         count = np.diff(begins, append=len(place))
         with self._failing():
-            for part in self._parts(self._needs(count * self._entry), len(self._writer.memory)):
+            for part in self._parts(self._needs(count * self.entry_bytes), len(self._writer.memory)):
                 some = slice(int(begins[part.start]), int(begins[part.stop - 1] + count[part.stop - 1]))
-                self._write(place[begins[part]] * self._entry, count[part] * self._entry, rows[some])
+                self._write(place[begins[part]] * self.entry_bytes, count[part] * self.entry_bytes, rows[some])
 
     def _write(self, start: np.ndarray, length: np.ndarray, rows: np.ndarray) -> None:
         """Start writing pieces of the file (bytes, ascending) that hold the entries of `rows` in turn."""
@@ -492,8 +509,10 @@ class ClusterStorage:
             for offset, at in zip(shared.tolist(), memory.tolist(), strict=True)
         ]
         self.flash.wait(self.flash.read(reads))
-        piece, nth = places(np.arange(len(start)), np.zeros_like(length), length // self._entry)
-        self._entries_of(self._writer)[(runs.at[piece] + nth * self._entry) // self._step_bytes] = self.arena.data[rows]
+        piece, nth = places(np.arange(len(start)), np.zeros_like(length), length // self.entry_bytes)
+        self._entries_of(self._writer)[(runs.at[piece] + nth * self.entry_bytes) // self._step_bytes] = self.arena.data[
+            rows
+        ]
         self._writing = self.flash.write(_requests(runs, self._writer))
         self._written = np.stack([runs.offset, runs.offset + runs.length], axis=1)
 
@@ -520,7 +539,7 @@ class ClusterStorage:
 
     def _entries_of(self, buffer: Buffer) -> np.ndarray:
         """The entries that begin at each multiple of `_step_bytes` of a buffer, as opaque bytes."""
-        count = (len(buffer.memory) - self._entry) // self._step_bytes + 1
+        count = (len(buffer.memory) - self.entry_bytes) // self._step_bytes + 1
         return np.ndarray((count,), self.arena.data.dtype, buffer.memory, strides=(self._step_bytes,))
 
     def _fill(self, rows: np.ndarray, entries: torch.Tensor, position: np.ndarray | None) -> None:
@@ -532,6 +551,8 @@ class ClusterStorage:
         return raw.view(self.arena.entries.dtype)[..., 0]
 
     def _to_tensor(self, entries: np.ndarray) -> torch.Tensor:
+        if entries.strides[-1] % self.dtype.itemsize:
+            entries = entries.copy()
         raw = torch.from_numpy(entries[..., None].view(np.uint8))
         return raw.view(self.dtype)
 

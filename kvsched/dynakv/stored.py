@@ -73,6 +73,11 @@ class StoredClusters:
         address, size = self.index.address[stream, cluster], self.index.size[stream, cluster]
         return self._to_device(self.storage.fetch(to_host(address), to_host(size)))
 
+    def read_ahead(self, stream: torch.Tensor, cluster: torch.Tensor) -> None:
+        """Start reading clusters that are about to be fetched or gathered."""
+        address, size = self.index.address[stream, cluster], self.index.size[stream, cluster]
+        self.storage.prefetch(to_host(address), to_host(size))
+
     def gather(
         self, stream: torch.Tensor, cluster: torch.Tensor, kept: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -82,17 +87,12 @@ class StoredClusters:
             stream, cluster: int64 `[N]`, by stream.
             kept: bool `[N, max_cluster_size]`, which tokens are wanted; `None` for all.
         """
-        address, size = self.index.address[stream, cluster], self.index.size[stream, cluster].long()
-        there, places_in_text = self.storage.gather(to_host(address), to_host(size))
-        at = places(stream, size, self.streams, kept)
-        if kept is not None:
-            there, places_in_text = there[at.token.cpu()], places_in_text[to_host(at.token)]
-        form = self.form
-        entries = torch.zeros(self.streams, at.width, form.width, dtype=form.dtype, device=form.device)
-        entries[at.stream, at.column] = there.to(form.device, form.dtype)
-        position = torch.full((self.streams, at.width), -1, dtype=torch.long, device=form.device)
-        position[at.stream, at.column] = self._to_device(places_in_text).long()
-        return entries, position
+        size = to_host(self.index.size[stream, cluster])
+        at = places(to_host(stream), size, self.streams, None if kept is None else to_host(kept))
+        address = to_host(self.index.address[stream, cluster])
+        entries, position = self.storage.gather(address, size, at.row, self.streams * at.width)
+        entries = entries.unflatten(0, (self.streams, at.width)).to(self.form.device, self.form.dtype)
+        return entries, self._to_device(position).long().view(self.streams, at.width)
 
     def parts(self, tokens: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """All clusters, in parts of about `tokens` tokens over all streams: stream, number, int64 `[N]` by stream."""

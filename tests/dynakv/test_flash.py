@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import gc
 import mmap
 import os
+import platform
 import threading
 from pathlib import Path
 
@@ -15,11 +17,23 @@ import torch
 from transformers import Qwen2Config
 
 from kvsched import DynaKVCache
-from kvsched.dynakv import flash
+from kvsched.dynakv import aio, flash
+from kvsched.dynakv.aio import KernelEngine
+from kvsched.dynakv.engine import ThreadEngine
 from kvsched.dynakv.flash import PAGE, SECTOR, FlashFile
 from kvsched.errors import FlashError
 
 HERE = Path(__file__).parent
+
+
+@pytest.fixture
+def threads_alone(monkeypatch):
+    """As where the kernel offers no asynchronous I/O."""
+
+    def refuse():
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(flash, "KernelEngine", refuse)
 
 
 def pages(count: int) -> memoryview:
@@ -43,6 +57,7 @@ def write_and_read_back(file: FlashFile, count: int = 50) -> None:
 def test_direct_io_on_this_file_system(tmp_path):
     file = FlashFile(HERE, 4)
     assert file.direct
+    assert isinstance(file._engine, KernelEngine)
     assert fcntl.fcntl(file._fd, fcntl.F_GETFL) & os.O_DIRECT
     write_and_read_back(file)
     file.close()
@@ -120,6 +135,7 @@ def test_without_nameless_files_the_name_is_gone_at_once(tmp_path, monkeypatch):
     ],
 )
 @pytest.mark.parametrize("verb", ["read", "write"])
+@pytest.mark.usefixtures("threads_alone")
 def test_a_transfer_that_fails_or_ends_early(tmp_path, monkeypatch, verb, failure, message):
     file = FlashFile(tmp_path, 3)
     file.reserve(8 * PAGE)
@@ -144,6 +160,7 @@ def test_a_transfer_that_fails_or_ends_early(tmp_path, monkeypatch, verb, failur
     file.close()
 
 
+@pytest.mark.usefixtures("threads_alone")
 @pytest.mark.parametrize("verb", ["read", "write"])
 def test_a_transfer_that_stops_half_way_goes_on(tmp_path, monkeypatch, verb):
     name = "preadv" if verb == "read" else "pwritev"
@@ -235,3 +252,106 @@ def test_a_closed_cache_says_so(tmp_path):
     file.close()
     with pytest.raises(FlashError, match="closed"):
         file.read([(0, pages(1))])
+
+
+def test_batches_longer_than_the_queue(tmp_path):
+    file = FlashFile(tmp_path, 1)
+    write_and_read_back(file, 2 * aio.DEPTH + 5)
+    file.close()
+
+
+def test_batches_under_way_at_once(tmp_path):
+    file = FlashFile(tmp_path, 1)
+    file.reserve(40 * PAGE)
+    for _ in range(1000):  # more than there may be queues
+        file.wait(file.read([]))
+    source, target = pages(40), pages(40)
+    source[:] = os.urandom(len(source))
+    writes = [file.write([(i * PAGE, page(source, i))]) for i in range(40)]
+    for transfer in reversed(writes):
+        file.wait(transfer)
+    reads = [file.read([(i * PAGE, page(target, i)), (0, page(target, i + 1))]) for i in range(0, 40, 2)]
+    for transfer in reads:
+        file.wait(transfer)
+    assert all(page(target, i) == page(source, i if i % 2 == 0 else 0) for i in range(40))
+    file.close()
+
+
+def test_a_request_that_stops_half_way_goes_on(tmp_path, monkeypatch):
+    file, submitted, call = FlashFile(tmp_path, 1), [], aio.call
+
+    def halve(name, *arguments):
+        if name == "io_submit":
+            _, count, pointers = arguments
+            for pointer in (ctypes.c_uint64 * count).from_address(pointers):
+                length = ctypes.c_uint64.from_address(pointer + aio._REQUEST.fields["nbytes"][1])
+                length.value = max(512, length.value // 2 // 512 * 512)
+                submitted.append(length.value)
+        return call(name, *arguments)
+
+    monkeypatch.setattr(aio, "call", halve)
+    write_and_read_back(file, 20)
+    assert len(submitted) > 60
+    file.close()
+
+
+@pytest.mark.parametrize(("result", "message"), [(-errno.EIO, "Input/output error.*Check the device"), (0, "after 0")])
+def test_a_request_that_fails_ends_the_batch_when_all_have_ended(tmp_path, monkeypatch, result, message):
+    file, call, ended = FlashFile(tmp_path, 1), aio.call, []
+
+    def fail(name, *arguments):
+        count = call(name, *arguments)
+        if name == "io_getevents":
+            for i in range(count):
+                event = arguments[3] + i * aio._EVENT.itemsize
+                ended.append(number := ctypes.c_uint64.from_address(event).value)
+                if number == 5:
+                    ctypes.c_int64.from_address(event + aio._EVENT.fields["result"][1]).value = result
+        return count
+
+    file.reserve(8 * PAGE)
+    memory = pages(8)
+    monkeypatch.setattr(aio, "call", fail)
+    transfer = file.read([(i * PAGE, page(memory, i)) for i in range(8)])
+    with pytest.raises(FlashError, match=message):
+        file.wait(transfer)
+    assert sorted(ended) == list(range(8))
+    monkeypatch.setattr(aio, "call", call)
+    write_and_read_back_again(file)
+    file.close()
+
+
+def write_and_read_back_again(file: FlashFile) -> None:
+    """The queue is as good as new."""
+    source, target = pages(1), pages(1)
+    source[:] = os.urandom(PAGE)
+    file.wait(file.write([(0, source)]))
+    file.wait(file.read([(0, target)]))
+    assert source == target
+
+
+def test_a_request_that_the_kernel_refuses(tmp_path):
+    file = FlashFile(tmp_path, 1)
+    file.reserve(4 * PAGE)
+    memory = pages(4)
+    transfer = file.read([(0, page(memory, 0)), (-PAGE, page(memory, 1)), (2 * PAGE, page(memory, 2))])
+    with pytest.raises(FlashError, match="Invalid argument"):
+        file.wait(transfer)
+    write_and_read_back_again(file)
+    file.close()
+
+
+def test_threads_stand_in_where_the_platform_has_no_such_calls(tmp_path, monkeypatch):
+    monkeypatch.setattr(platform, "machine", lambda: "sparc64")
+    file = FlashFile(tmp_path, 2)
+    assert isinstance(file._engine, ThreadEngine)
+    write_and_read_back(file)
+    file.close()
+
+
+def test_closing_waits_for_what_nobody_waited_for(tmp_path):
+    file = FlashFile(tmp_path, 1)
+    file.reserve(64 * PAGE)
+    file.write([(i * PAGE, page(memory, i)) for memory in [pages(64)] for i in range(64)])
+    file.close()
+    file.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import json
 import os
@@ -20,6 +21,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from kvsched import DynaKVConfig
+from kvsched.dynakv import aio, flash
+from kvsched.dynakv.engine import ThreadEngine
 from kvsched.dynakv.pools import keep_order
 from kvsched.dynakv.snapshot import Saved, save
 from kvsched.dynakv.storage import ClusterStorage
@@ -421,22 +424,48 @@ def use_all(record: Recorded) -> None:
         record.check(addresses[20:80])
 
 
+class FaultyKernel(Faulty):
+    """`aio.call`, whose transfers fail from the `nth` on: when they are handed over, or when they end."""
+
+    def __init__(self, name: str, nth: int, code: int) -> None:
+        super().__init__(aio.call, nth, code)
+        self.name = name
+
+    def __call__(self, name: str, *arguments: int) -> int:
+        if name != self.name:
+            return self.call(name, *arguments)
+        if name == "io_submit":
+            return super().__call__(name, *arguments)
+        ended = self.call(name, *arguments)
+        for i in range(ended):
+            self.left -= 1
+            if self.left < 0:
+                _, _, _, events, _ = arguments
+                result = events + i * aio._EVENT.itemsize + aio._EVENT.fields["result"][1]
+                ctypes.c_int64.from_address(result).value = -self.code
+        return ended
+
+
 @pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC])
-@pytest.mark.parametrize("call", ["preadv", "pwritev", "posix_fallocate"])
+@pytest.mark.parametrize("call", ["preadv", "pwritev", "posix_fallocate", "io_submit", "io_getevents"])
 def test_a_fault_at_any_call_is_an_error_then_and_ever_after(recorded, monkeypatch, call, code):
-    original = getattr(os, call)
     for nth in (0, 1, 2, 5, 12, 30, 1000):
-        monkeypatch.setattr(os, call, original)
-        record = recorded(128, torch.float16, 96 << 10)
-        monkeypatch.setattr(os, call, Faulty(original, nth, code))
-        try:
-            use_all(record)
-            break  # so few calls were needed
-        except FlashError as error:
-            assert os.strerror(code) in str(error)
-        with pytest.raises(FlashError, match=r"lost when a transfer failed\. Make a new DynaKVCache"):
-            use_all(record)
-        record.storage.close()
+        with monkeypatch.context() as patch:
+            if call in ("preadv", "pwritev"):
+                patch.setattr(flash.FlashFile, "_fastest", lambda self, threads: ThreadEngine(threads))
+            record = recorded(128, torch.float16, 96 << 10)
+            if call.startswith("io_"):
+                patch.setattr(aio, "call", FaultyKernel(call, nth, code))
+            else:
+                patch.setattr(os, call, Faulty(getattr(os, call), nth, code))
+            try:
+                use_all(record)
+                break  # so few calls were needed
+            except FlashError as error:
+                assert os.strerror(code) in str(error)
+            with pytest.raises(FlashError, match=r"lost when a transfer failed\. Make a new DynaKVCache"):
+                use_all(record)
+            record.storage.close()
     else:
         pytest.fail("so many calls cannot have been needed")
     assert nth > 0

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
-
 import numpy as np
 import torch
-import typer
 from safetensors.torch import save_file
-from typer.testing import CliRunner
 
 from kvsched.dynakv.flash import FlashFile
+from kvsched.trace import Trace
 from kvsched_evals import flash_bench
 
 
@@ -24,13 +21,8 @@ def test_what_it_counts(tmp_path):
     }
     metadata = {"model": "none", "prompt_length": "200", "scaling": "0.2"}
     save_file(tensors, tmp_path / "trace.safetensors", metadata=metadata)
-    app = typer.Typer()
-    app.command()(flash_bench.main)
-    options = ["--json", tmp_path / "out.json", "--directory", tmp_path, "--layers", 2, "--prompt", 256, "--steps", 20]
-    options += ["--budget", 32, "--dram", "0.3", "--repeats", 1]
-    done = CliRunner().invoke(app, [str(each) for each in [tmp_path / "trace.safetensors", *options]])
-    assert done.exit_code == 0, done.output
-    result = json.loads((tmp_path / "out.json").read_text())
+    trace = Trace.open(tmp_path / "trace.safetensors")
+    result = flash_bench.storage(trace, trace.layers, tmp_path, 32, prompt=256, steps=20, shares=(0.3,), repeats=1)
     assert result["entry_bytes"] == 128
     layouts = result["dram"]["0.3"]["layouts"]
     direct = layouts.pop("direct")
