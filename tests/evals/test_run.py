@@ -123,21 +123,21 @@ def test_missing_data_says_what_fetches_it(suite: Path, command, tmp_path: Path)
 def test_the_smoke_suite_on_the_real_model(real_model, tmp_path: Path) -> None:
     """A short question of each task: caches that keep everything give the full cache's answer, others come near it."""
     smoke = Suite.load("smoke").limited(1).model_dump()
-    tasks = [{**task, "contexts": [512]} for task in smoke["tasks"]]
+    tasks = [{**task, "contexts": [512], "max_gen_toks": 8} for task in smoke["tasks"]]
     caches: list[dict[str, Any]] = [
         {"cache": "full"},
         {"cache": "dynakv", "policy": ["dynakv"], "budget": [1.0, 0.1]},
-        {"cache": "sparkv", "codec": ["lossless", "balanced"]},
+        {"cache": "sparkv", "codec": ["balanced"]},
     ]
     suite = Suite.model_validate({**smoke, "tasks": tasks, "caches": caches})
     path = tmp_path / "smoke.jsonl"
     runs.run(suite, *real_model, path, "test", lambda line: None)
     found = read(path).questions
-    assert len(found) == len(tasks) * 5
-    for full, everything, some, lossless, balanced in zip(*[iter(found)] * 5, strict=True):
+    assert len(found) == len(tasks) * 4
+    for full, everything, some, balanced in zip(*[iter(found)] * 4, strict=True):
         assert max(full.kl) == 0
-        assert max(everything.kl + lossless.kl) < 1e-4
-        assert full.answer == everything.answer == lossless.answer
+        assert max(everything.kl) < 1e-4
+        assert full.answer == everything.answer
         assert 0 < statistics.fmean(some.kl) < 1
         assert 0 < statistics.fmean(balanced.kl) < 0.05
-        assert 0 < balanced.bytes_read < lossless.bytes_read
+        assert balanced.bytes_read > 0
