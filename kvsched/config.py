@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -187,7 +188,9 @@ class DynaKVConfig(CacheConfig):
             splits and estimates what is left out. The rest are for comparison: `static`, `local`, `retroinfer`,
             `clusterkv`, `quest` and `token-topk`, as `kvsched.dynakv.policies` describes them.
         budget: tokens of each KV head that take part in a step beside sinks and recent tokens: those that wait for
-            their cluster to be in DRAM, and the clusters fetched.
+            their cluster to be in DRAM, and the clusters fetched. A fraction such as 0.1 is of the context so far.
+        mass: share of attention to reach, by estimate: of the budget only as much is fetched as that takes, in each
+            head and step; `None` fetches all of it.
         sinks: tokens at the start of the sequence that always take part in attention.
         recent: newest tokens that always take part; a token enters a cluster only when it leaves this window.
         dram: bytes that the clustered layers may hold, all together: resident clusters, their index, sinks and recent
@@ -204,7 +207,8 @@ class DynaKVConfig(CacheConfig):
 
     directory: str | os.PathLike[str] | None = None
     policy: str = "dynakv"
-    budget: int = 256
+    budget: int | float = 256
+    mass: float | None = None
     sinks: int = 16
     recent: int = 64
     dram: int | str = "64MiB"
@@ -217,9 +221,15 @@ class DynaKVConfig(CacheConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         parse_bytes(self.dram)
-        self._require("budget", self.budget >= 0, "at least 0 tokens")
+        counted = isinstance(self.budget, int) and self.budget >= 0
+        self._require("budget", counted or 0 < self.budget <= 1, "a number of tokens, or a fraction above 0 up to 1.0")
+        self._require("mass", self.mass is None or 0 < self.mass <= 1, "above 0 and at most 1")
         self._require("sinks", self.sinks >= 0, "at least 0 tokens")
         self._require("recent", self.recent >= 1, "at least 1 token, the one just decoded")
         self._require("cluster_size", self.cluster_size is None or self.cluster_size >= 1, "at least 1 token")
         self._require("max_cluster_size", 2 <= self.max_cluster_size <= 4096, "between 2 and 4096 tokens")
         self._require("io_threads", 1 <= self.io_threads <= 256, "between 1 and 256")
+
+    def tokens_for(self, context: int) -> int:
+        """The budget in tokens after `context` of them."""
+        return self.budget if isinstance(self.budget, int) else math.ceil(self.budget * context)

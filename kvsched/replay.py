@@ -242,7 +242,7 @@ def _whole(policy: str, number: int, step: int, heads: int) -> list[Row]:
 def _best_possible(trace: Trace, config: DynaKVConfig, tensors: dict[int, LayerTrace], every: int) -> list[Row]:
     rows = []
     for step in tqdm(range(trace.prompt_length, trace.tokens, every), desc=ORACLE, unit=" steps"):
-        count = min(step + 1, config.budget + config.sinks + config.recent)
+        count = min(step + 1, config.tokens_for(step + 1) + config.sinks + config.recent)
         for number, layer in tensors.items():
             exact = _Exact(layer, step, trace.scaling)
             best = exact.mass.topk(count, dim=1).indices

@@ -44,7 +44,10 @@ class Decoder:
         share = (everything + (parts[0][1].unsqueeze(-1) - peak).exp_()).reciprocal_()
         worth = torch.bmm(share.transpose(1, 2), mass)[:, 0].div_(tokens)
         waiting = (self.dense.position[:, self.dense.waiting] >= 0).sum(1, keepdim=True)
-        found = self.policy.choose(worth, index, (self.policy.config.budget - waiting).clamp_min_(0))
+        budget = (self.policy.config.tokens_for(step) - waiting).clamp_min(0)
+        if (wanted := self.policy.config.mass) is not None:
+            budget = torch.minimum(budget, tokens_that_hold(wanted, worth / query.shape[1], tokens))
+        found = self.policy.choose(worth, index, budget)
         self.clusters.storage.begin(step)
         self.clusters.read_ahead(found.stream, found.cluster)
         if self.policy.estimated:  # while clusters arrive from flash
@@ -89,3 +92,22 @@ class Decoder:
         if not self.policy.corrects:
             return estimate
         return output, total + missed.nan_to_num_(0.0, 0.0, 0.0).clamp_(-1.0, 1.0)
+
+
+def tokens_that_hold(mass: float, worth: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Tokens of the smallest set of clusters which, with all that lies in DRAM, holds `mass` of attention, estimated.
+
+    Args:
+        mass: share of all attention, above 0, up to 1.
+        worth: float32 `[S, C]`, a token's share of attention, mean over the query heads; tokens: integer `[S, C]`.
+
+    Returns:
+        int64 `[S, 1]`.
+    """
+    tokens = tokens.long()
+    order = worth.masked_fill(tokens == 0, -1.0).argsort(dim=1, descending=True)
+    size = tokens.gather(1, order)
+    # What is left out has to hold no more than 1 - mass; summed from the small end, so that rounding stays small.
+    share = worth.gather(1, order).masked_fill(size == 0, 0.0) * size
+    left_out = share.flip(1).cumsum(1).flip(1)
+    return (size * (left_out > 1 - mass)).sum(1, keepdim=True)

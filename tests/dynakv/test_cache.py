@@ -11,6 +11,7 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 
 import kvsched
 from kvsched import DynaKVCache
+from kvsched.dynakv.decode import tokens_that_hold
 from kvsched.dynakv.layer import DynaKVLayer
 from kvsched.errors import ConfigError, FlashError, InputError, UnsupportedModelError
 
@@ -87,6 +88,35 @@ def test_the_budget_decides_what_is_seen(tiny_model, new_cache):
         error[budget] = (decode(model, cache, ids, torch.ones_like(ids), 2) - full)[1].abs().max().item()
     assert error[10_000] < 1e-4
     assert error[0] > error[64] > 0.01
+
+
+def test_a_budget_may_be_a_fraction_and_adaptive(tiny_model, new_cache):
+    model, ids = tiny_model("qwen2"), prompt(1, 300)
+    expected = decode(model, new_cache(model, budget=151), ids, torch.ones_like(ids), 2)
+    assert torch.equal(decode(model, new_cache(model, budget=0.5), ids, torch.ones_like(ids), 2), expected)
+    full = decode(model, DynamicCache(config=model.config), ids, torch.ones_like(ids), 2)
+    error, bytes_read = [], []
+    for mass in (0.3, 0.9, 1.0):
+        cache = new_cache(model, mass=mass, dram="150kB")
+        error.append((decode(model, cache, ids, torch.ones_like(ids), 2) - full)[1].abs().max().item())
+        bytes_read.append(cache.report().bytes_read)
+    assert error[0] > error[1] > error[2] and error[2] < 1e-4
+    assert bytes_read[0] < bytes_read[1] < bytes_read[2]
+
+
+def test_tokens_that_hold_a_mass():
+    worth = torch.tensor([[0.01, 0.1, float("nan"), 0.05], [0.2, 0.0, 0.1, 0.1]])
+    tokens = torch.tensor([[5, 4, 0, 2], [2, 1, 3, 1]], dtype=torch.uint8)
+    # What lies in DRAM holds .45 and .2 of attention.
+    for mass, expected in (
+        (0.4, [0, 2]),
+        (0.5, [4, 2]),
+        (0.91, [6, 6]),
+        (0.94, [6, 6]),
+        (0.96, [11, 6]),
+        (1.0, [11, 6]),
+    ):
+        assert tokens_that_hold(mass, worth, tokens).flatten().tolist() == expected, mass
 
 
 def test_layers_are_laid_out_as_transformers_does(tiny_model, new_cache):
