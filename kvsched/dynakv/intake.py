@@ -118,7 +118,8 @@ class Intake:
             label, groups = self.policy.group(keys, at >= 0)
             if query is not None and self.policy.ordered and bool(groups.any()):
                 centroid, size, _ = moments(keys, label, int(groups.max()))
-                label = number(label, centroid, size, query.float(), self.policy.config.budget)
+                budget = self.policy.config.tokens_for(int(at.max()) + 1)
+                label = number(label, centroid, size, query.float(), budget)
             self.clusters.create(stretch, at, label, groups)
 
     def _waiting_clusters(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
