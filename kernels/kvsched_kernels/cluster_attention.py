@@ -134,9 +134,10 @@ def _in_torch(
             torch.logsumexp(score[:, retrieved[s] - ends[s] :], -1, out=exact[s])
         weight = softmax_weights(score, totals[0, s])
         torch.mm(weight, _rows(pool.value, pool.value_scale, some), out=outputs[0, s])
-    if estimate is None:
-        outputs, totals = outputs[:1], totals[:1]
-    else:
+    if estimate is None and sinks is None:
+        return outputs[0], totals[0]
+    outputs[1] = 0.0
+    if estimate is not None:
         outputs[1], totals[1] = _estimate(query, estimate, scaling, softcap, exact, value_dim)
     total = totals.logsumexp(0)
     if sinks is not None:
