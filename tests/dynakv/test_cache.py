@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache, Gemma2Config, GptOssConfig
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 import kvsched
@@ -57,9 +57,16 @@ def decode(model, cache, ids, mask, steps) -> torch.Tensor:
     return torch.stack(logits)
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("padding", [[0], [0, 50, 145]], ids=["one row", "three rows, left padding"])
-@pytest.mark.parametrize(("kind", "head_dim"), [("qwen2", 16), ("llama", 32), ("gemma3", 32)])
+@pytest.mark.parametrize(
+    ("kind", "head_dim", "padding", "attention"),
+    [
+        ("qwen2", 16, [0], "sdpa"),
+        ("qwen2", 16, [0, 50, 145], "eager"),
+        ("llama", 32, [0, 50, 145], "sdpa"),
+        ("gemma3", 32, [0], "eager"),
+        ("gemma3", 32, [0, 50, 145], "sdpa"),
+    ],
+)
 def test_same_logits_as_the_full_cache(tiny_model, new_cache, tmp_path, kind, head_dim, padding, attention):
     model = tiny_model(kind, head_dim=head_dim, attn_implementation=attention)
     ids = prompt(len(padding), 150)
@@ -135,6 +142,55 @@ def test_beam_search(tiny_model, new_cache, kind):
     cache = new_cache(model)
     assert torch.equal(model.generate(ids, past_key_values=cache, **options), expected)
     assert cache.report().clusters > 0
+
+
+def test_four_padded_rows_by_four_beams(tiny_model, new_cache):
+    model, ids = tiny_model("llama", num_hidden_layers=1), prompt(4, 60)
+    mask = left_padded(ids, [0, 30, 10, 55])
+    options = {"attention_mask": mask, "num_beams": 4, "max_new_tokens": 5, "do_sample": False}
+    expected = model.generate(ids, **options)
+    assert torch.equal(model.generate(ids, past_key_values=new_cache(model), **options), expected)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        Gemma2Config(query_pre_attn_scalar=16, attn_logit_softcapping=2.0, sliding_window=16),
+        GptOssConfig(num_local_experts=2, num_experts_per_tok=1, sliding_window=16),
+    ],
+    ids=["soft-capped scores", "learned sinks"],
+)
+def test_models_whose_attention_is_not_plain(new_cache, config):
+    for name, value in {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}.items():
+        setattr(config, name, value)
+    config.num_attention_heads, config.num_key_value_heads, config.head_dim = 4, 2, 16
+    config.layer_types, config.initializer_range = ["sliding_attention", "full_attention"], 0.2
+    config.pad_token_id, config.eos_token_id = 0, None
+    config._attn_implementation = "eager"
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    ids = prompt(1, 100)
+    logits = []
+    for cache in (DynamicCache(config=model.config), new_cache(model)):
+        options = {"max_new_tokens": 12, "do_sample": False, "prefill_chunk_size": 40, "output_logits": True}
+        output = model.generate(ids, past_key_values=cache, return_dict_in_generate=True, **options)
+        logits.append(torch.stack(output.logits))
+    torch.testing.assert_close(logits[1], logits[0], atol=1e-4, rtol=1e-4)
+
+
+def test_retrieval_while_prefill_goes_on(tiny_model, new_cache):
+    model, ids = tiny_model("qwen2", num_hidden_layers=2), prompt(2, 200)
+    mask = left_padded(ids, [0, 60])
+    options = {"attention_mask": mask, "max_new_tokens": 2, "do_sample": False, "prefill_chunk_size": 64}
+    options |= {"output_logits": True, "return_dict_in_generate": True}
+    expected = model.generate(ids, **options).logits[0]
+    error = {}
+    for budget in (8, 64, 10_000):
+        cache = new_cache(model, prefill="retrieval", budget=budget)
+        error[budget] = (model.generate(ids, past_key_values=cache, **options).logits[0] - expected).abs().max().item()
+    assert error[10_000] < 1e-4
+    assert error[8] > error[64] > 0.01
 
 
 def test_second_turn(tiny_model, new_cache):
