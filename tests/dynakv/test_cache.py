@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -12,6 +13,7 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 import kvsched
 from kvsched import DynaKVCache
 from kvsched.dynakv.decode import tokens_that_hold
+from kvsched.dynakv.flash import FlashFile
 from kvsched.dynakv.layer import DynaKVLayer
 from kvsched.errors import ConfigError, FlashError, InputError, UnsupportedModelError
 
@@ -285,6 +287,25 @@ def test_bad_input(tiny_model, new_cache, tmp_path):
     cache = new_cache(model, dram=3 * 4096)
     with pytest.raises(ConfigError, match=r"Set (dram|it) "):
         model.generate(prompt(1, 100), past_key_values=cache, max_new_tokens=5)
+
+
+@pytest.mark.parametrize("nth", [0, 7])
+def test_a_device_that_fails_ends_generation_for_good(tiny_model, new_cache, monkeypatch, tmp_path, nth):
+    """Neither a wrong token nor a save of what is no longer whole."""
+    model, ids = tiny_model("llama"), prompt(1, 300)
+    cache, wait, calls = new_cache(model, dram="150kB"), FlashFile.wait, itertools.count()
+
+    def fails(self, transfer):
+        if next(calls) >= nth:
+            raise FlashError("the device is gone")
+        return wait(self, transfer)
+
+    with monkeypatch.context() as patch, pytest.raises(FlashError, match="the device is gone"):
+        patch.setattr(FlashFile, "wait", fails)
+        model.generate(ids, past_key_values=cache, max_new_tokens=30, do_sample=False)
+    for use in (lambda: model(ids[:, :1], past_key_values=cache), lambda: cache.save(tmp_path / "saved")):
+        with pytest.raises((FlashError, UnsupportedModelError)):
+            use()
 
 
 def test_disabled_kvsched_is_noticed_before_a_wrong_token(tiny_model, new_cache):
