@@ -22,12 +22,14 @@ from transformers.cache_utils import Cache, QuantizedCache
 from kvsched import SparKVConfig, publish
 from kvsched.adapters.lm_eval import KVSchedLM
 from kvsched.dynakv.layer import DynaKVLayer
+from kvsched.errors import StoreError
 from kvsched.sparkv.energy import EnergyMeter
 from kvsched.sparkv.forward import PrefixCache
 
 from .results import Cell, Question
 from .suite import Variant
 
+PATIENCE = 600.0  # seconds without a byte: a busy machine must not compute what is to be loaded
 _PUBLISHED = {"store", "codec", "chunk_tokens"}  # options that the publisher of a prefix needs as well
 
 
@@ -108,7 +110,12 @@ class MeasuredLM(KVSchedLM):
             options["policy"] = variant.policy
         if variant.cache.startswith("sparkv"):  # all that is published is loaded: the codec's worst case
             self._store = tempfile.TemporaryDirectory()
-            options |= {"codec": variant.codec, "store": self._store.name, "planner": "stream"}
+            options |= {
+                "codec": variant.codec,
+                "store": self._store.name,
+                "planner": "stream",
+                "stall_timeout": PATIENCE,
+            }
         name = "full" if variant.cache == "hf-quantized" else variant.cache
         super().__init__(model, name, options, tokenizer=tokenizer, batch_size=1)
         self.begin([])
@@ -153,10 +160,17 @@ class MeasuredLM(KVSchedLM):
         self._store = tempfile.TemporaryDirectory()
         self.cache_options["store"] = self._store.name
         config = SparKVConfig(**{name: self.cache_options[name] for name in _PUBLISHED & self.cache_options.keys()})
-        if prompt.ids.shape[1] >= config.chunk_tokens:  # what is shorter is computed by whoever needs it
+        published = prompt.ids.shape[1] >= config.chunk_tokens  # what is shorter is computed by whoever needs it
+        if published:
             publish(self.model, prompt.ids, config=config, computed=prompt.cache)
         self.measuring_seconds += time.perf_counter() - begin
-        return super().prefill(prompt.ids, mask)
+        cache = super().prefill(prompt.ids, mask)
+        fallback = getattr(cache, "prefix", cache).report().fallback
+        if published and fallback is not None:
+            raise StoreError(
+                f"the prefix was not loaded whole, so its codec cannot be measured: {fallback}. Run again."
+            )
+        return cache
 
     def log_probs(self, cache: Cache, ids: torch.Tensor, mask: torch.Tensor) -> Iterator[torch.Tensor]:
         for part in super().log_probs(cache, ids, mask):
