@@ -18,7 +18,7 @@ from kvsched import cli, hub
 from kvsched_evals import data
 from kvsched_evals import run as runs
 from kvsched_evals.results import Cell, Question, ResultError, read
-from kvsched_evals.suite import Suite
+from kvsched_evals.suite import Suite, Variant
 
 SUITE = {
     "tasks": [{"task": "sums", "limit": 3}],
@@ -117,6 +117,15 @@ def test_missing_data_says_what_fetches_it(suite: Path, command, tmp_path: Path)
     ran = command(suite, "--out", tmp_path / "own.jsonl")
     assert ran.exit_code == 1
     assert "make eval-data" in ran.stderr
+
+
+def test_the_readme_shows_the_committed_results() -> None:
+    root = Path(__file__).parents[2]
+    found = read(root / "evals/results/smoke.jsonl")
+    shown = (root / "README.md").read_text()
+    for cell in found.header.cells:
+        variant = Variant(cell.cache, cell.policy, cell.budget, cell.codec)
+        assert runs.summary(cell, variant, [one for one in found.questions if one.cell == cell]) in shown
 
 
 @pytest.mark.real_model
