@@ -21,7 +21,7 @@ from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from pydoc_data.topics import topics
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 from unittest import mock
 
 import numpy as np
@@ -43,7 +43,8 @@ from kvsched.sparkv.serve import running
 
 from .demo import TokenClock
 from .link import apart, shaped_link
-from .machine import keep
+from .machine import describe, keep
+from .namespace import Namespace
 from .recorded import Recording
 from .rounds import Rounds
 from .sparkv_verdicts import OURS, verdicts
@@ -51,6 +52,7 @@ from .sparkv_verdicts import OURS, verdicts
 CHUNK_TOKENS = 256
 QUERY_TOKENS = 64
 RECORDED_RTT_MS = 20.0
+UNSHAPED_MBIT = 1e5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,10 +89,20 @@ class Bench:
         codec: of all planners but `progressive`.
         logs: folder of recorded links.
         out: the JSON file of results, taken up if it is there.
+        namespace: behind which links are shaped by the kernel; `None` shapes them in the relay.
     """
 
-    def __init__(self, model: PreTrainedModel, ids: torch.Tensor, codec: str, logs: Path | None, out: Path) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        ids: torch.Tensor,
+        codec: str,
+        logs: Path | None,
+        out: Path,
+        namespace: Namespace | None = None,
+    ) -> None:
         self.model, self.ids, self.codec, self.logs, self.out = model, ids, codec, logs, out
+        self.namespace = namespace
         kept = json.loads(out.read_text()) if out.exists() else {}
         if kept and kept["settings"] != self.settings:
             raise typer.BadParameter(f"{out} was measured with other settings: remove it, or name another file.")
@@ -108,6 +120,8 @@ class Bench:
             "calibration": calibration.id if calibration else None,
             "chunk_tokens": CHUNK_TOKENS,
             "query_tokens": QUERY_TOKENS,
+            "processor": describe()["processor"],
+            "shaper": "relay" if self.namespace is None else "tc",
             "document": hashlib.sha256(self.ids[:, :QUERY_TOKENS].numpy().tobytes()).hexdigest()[:16],
         }
 
@@ -119,7 +133,7 @@ class Bench:
             for codec in sorted({case.planned(self.codec)[1] for case in order if case.planner != "local"}):
                 config = {"codec": codec, "chunk_tokens": CHUNK_TOKENS}
                 kvsched.publish(self.model, self.ids[:, :longest], store=folder, config=config)
-            with apart(partial(running, folder)) as server:
+            with self._server(folder) as server:
                 for case in tqdm(order, desc="sparkv", unit="request"):
                     done = self.rows.setdefault(case.key, [])
                     seen[case] += 1
@@ -129,6 +143,9 @@ class Bench:
             if not self.wire:
                 self.wire = self._count_round_trips(Path(folder), longest)
                 self.write()
+
+    def _server(self, folder: str) -> AbstractContextManager[str]:
+        return apart(partial(running, folder)) if self.namespace is None else self.namespace.serving(folder)
 
     def _request(self, case: Case, server: str) -> dict[str, Any]:
         clock, meter = TokenClock(), EnergyMeter()
@@ -165,8 +182,12 @@ class Bench:
         return DeviceProfile.of(self.model, CHUNK_TOKENS).compute_seconds(grid)[:, -1]
 
     def _link(self, case: Case, server: str) -> AbstractContextManager[str]:
-        if case.falls_to is None:
+        if case.falls_to is None and self.namespace is None:
             return apart(partial(shaped_link, server, mbit=float(case.link), rtt_ms=case.rtt_ms))
+        if self.namespace is not None:  # which follows a recorded link too late: a relay does that, and all round trips
+            self.namespace.shape(float(case.link) if case.falls_to is None else UNSHAPED_MBIT)
+        if case.falls_to is None:
+            return apart(partial(shaped_link, server, mbit=UNSHAPED_MBIT, rtt_ms=case.rtt_ms))
         recording, step = self._recording(case)
         return apart(partial(recording.replayed, step, server, case.rtt_ms))
 
@@ -322,6 +343,9 @@ def main(
     ] = "local,stream,token_split,optimal",
     codec: Annotated[str, typer.Option(help="How chunks are written.")] = "balanced",
     links: Annotated[Path | None, typer.Option(help="Folder of recorded links, as JSON lists of steps.")] = None,
+    shaper: Annotated[
+        Literal["relay", "tc"], typer.Option(help="What slows shaped links: a relay, or the kernel, which needs root.")
+    ] = "relay",
     repeats: Annotated[str, typer.Option(help="Runs of every case: one number, or one for each context.")] = "3",
 ) -> None:
     """Measure the time to the first token over shaped links, and over recorded ones with and without re-planning."""
@@ -329,12 +353,13 @@ def main(
     sizes = [int(size) for size in contexts.split(",")]
     counts = per_context(repeats, sizes)
     model, tokenizer = kvsched.load_model()
-    bench = Bench(model, document(tokenizer, max(sizes)), codec, links, json_path)
     order = schedule(sizes, counts, mbits.split(","), [float(rtt) for rtt in rtts.split(",")], planners.split(","))
-    if links is not None:
-        # The longest context: its loads last long enough for a link to fall under way.
-        order += bench.recorded(max(sizes)) * counts[sizes.index(max(sizes))]
-    bench.run(order)
+    with Namespace() if shaper == "tc" else contextlib.nullcontext() as namespace:
+        bench = Bench(model, document(tokenizer, max(sizes)), codec, links, json_path, namespace)
+        if links is not None:
+            # The longest context: its loads last long enough for a link to fall under way.
+            order += bench.recorded(max(sizes)) * counts[sizes.index(max(sizes))]
+        bench.run(order)
     for target, verdict in bench.verdicts().items():
         typer.echo(f"{target}: {json.dumps(verdict['met'] if target == 'S7' else verdict)}")  # the rest is long
     from .sparkv_plots import draw
