@@ -146,7 +146,7 @@ def test_single_token_choices_share_one_step(model, tokenizer) -> None:
     ("options", "message"),
     [
         ({"cache": "dynakw"}, "choose one of 'full', 'sparkv', 'dynakv'"),
-        ({"cache": "dynakv", "budget": -1}, "at least 0"),
+        ({"cache": "dynakv", "budget": -1}, "budget=-1: it must be a number of tokens"),
         ({"cache": "dynakv", "cache_config": {"budgt": 3}}, "Did you mean 'budget'"),
         ({"cache": "dynakv", "budgt": 3}, "neither HFLM nor a cache has an option budgt"),
         ({"budget": 64}, "cache='full' has no options"),
