@@ -102,7 +102,9 @@ def test_the_budget_decides_what_is_seen(tiny_model, new_cache):
 def test_a_budget_may_be_a_fraction_and_adaptive(tiny_model, new_cache):
     model, ids = tiny_model("qwen2"), prompt(1, 300)
     expected = decode(model, new_cache(model, budget=151), ids, torch.ones_like(ids), 2)
-    assert torch.equal(decode(model, new_cache(model, budget=0.5), ids, torch.ones_like(ids), 2), expected)
+    # The prompt's clusters may lie in another order, which half of 300 tokens chose, and are added up in it.
+    half = decode(model, new_cache(model, budget=0.5), ids, torch.ones_like(ids), 2)
+    torch.testing.assert_close(half, expected, atol=1e-5, rtol=0)
     full = decode(model, DynamicCache(config=model.config), ids, torch.ones_like(ids), 2)
     error, bytes_read = [], []
     for mass in (0.3, 0.9, 1.0):
