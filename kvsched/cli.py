@@ -123,11 +123,15 @@ def gc(
 def profile(
     name: _Name = None,
     chunk_tokens: Annotated[int, typer.Option(help="Tokens in a chunk, as in SparKVConfig.", min=16, max=65536)] = 256,
+    learned: Annotated[
+        int | None, typer.Option(help="Train the cost model `learned` too, on prefills of so many tokens.", min=32)
+    ] = None,
 ) -> None:
     """Measure how fast this device computes a model's KV cache, and keep that for SparKV's plans."""
     from .hub import load_model
     from .sparkv.cost import DeviceProfile
     from .sparkv.grid import Grid
+    from .sparkv.predictor import LearnedProfile
 
     model, _ = load_model(name)
     measured = DeviceProfile.renew(model, chunk_tokens)
@@ -140,6 +144,10 @@ def profile(
         seconds = table[chunk]
         row = "".join(f"{seconds[depth]:12.3f}" for depth in depths)
         typer.echo(f"{chunk * chunk_tokens:16}{row}{chunk_tokens / seconds[-1]:12.0f}")
+    if learned is not None:
+        trained = LearnedProfile.renew(model, Grid(max(1, learned // chunk_tokens), chunk_tokens, layers))
+        seconds = trained.compute_seconds(Grid(len(trained.blocks), chunk_tokens, layers))
+        typer.echo(f"learned, for {len(trained.blocks) * chunk_tokens} tokens: {seconds[:, -1].sum():.1f} s")
 
 
 @app.command()

@@ -142,6 +142,8 @@ class SparKVConfig(CacheConfig):
         planner: `optimal` divides the work by cost. The rest are for comparison: `stream` streams the whole prefix,
             `local` computes all of it, `token_split` computes the first chunks and streams the others, `layer_split`
             computes the same lower layers of all, `greedy` is the SparKV paper's scheduler.
+        cost_model: what predicts compute time: `profile`, measured by itself when first needed, or `learned`, the
+            paper's network, which `kvsched profile --learned` trains.
         device: whose power profile energy is reckoned by: a name from `configs/devices`, or a YAML file.
         radio: of that device, over which chunks arrive.
         energy_weight: what `optimal` minimises, from 0 (time) to 1 (energy). In between a joule weighs as much as the
@@ -158,6 +160,7 @@ class SparKVConfig(CacheConfig):
     codec: Literal["lossless", "int8", "balanced", "small", "progressive"] = "balanced"
     chunk_tokens: int = 256
     planner: Literal["optimal", "greedy", "local", "stream", "token_split", "layer_split"] = "optimal"
+    cost_model: Literal["profile", "learned"] = "profile"
     device: str | os.PathLike[str] | None = None
     radio: str = "wifi"
     energy_weight: float = 0.0

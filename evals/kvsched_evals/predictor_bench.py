@@ -6,39 +6,23 @@ are also looked at as the loader uses them, corrected by how long the last two c
 
 from __future__ import annotations
 
-import sys
 import time
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
-import psutil
 import torch
 import typer
-from tqdm.auto import tqdm
-from transformers import PreTrainedModel
+from tqdm.auto import trange
 
 import kvsched
-from kvsched.sparkv.cost import DeviceProfile, time_layers
-from kvsched.sparkv.forward import PrefixCache
+from kvsched.sparkv.cost import DeviceProfile
 from kvsched.sparkv.grid import Grid
-from kvsched.sparkv.predictor import LearnedProfile, active_blocks
+from kvsched.sparkv.predictor import LearnedProfile, active_blocks, time_prefill
 
 from .machine import keep
 
 CHUNK_TOKENS = 256
-_LOOK_SECONDS = 0.1
-
-
-def prefill(model: PreTrainedModel, ids: torch.Tensor, grid: Grid, label: str) -> tuple[np.ndarray, np.ndarray]:
-    """Seconds `[chunks, layers + 1]` and utilisation before each chunk `[chunks]` of a prefill chunk by chunk."""
-    cache = PrefixCache(model.config, grid.tokens)
-    seconds, utilisation = [], []
-    for chunk in tqdm(range(grid.chunks), desc=label, unit="chunk", file=sys.stderr):
-        utilisation.append(psutil.cpu_percent(interval=_LOOK_SECONDS) / 100)
-        span = grid.span(chunk)
-        seconds.append(time_layers(cache, model, ids[:, span], span.start))
-    return np.array(seconds), np.array(utilisation)
 
 
 def corrected(predicted: np.ndarray, actual: np.ndarray) -> np.ndarray:
@@ -78,7 +62,7 @@ def main(
     physical = DeviceProfile.measure(model, CHUNK_TOKENS)
     physical_seconds = time.perf_counter() - begin
 
-    runs = [prefill(model, ids, grid, f"prefill {run + 1} of {train + test}") for run in range(train + test)]
+    runs = [time_prefill(model, ids, grid) for _ in trange(train + test, desc="prefills")]
     seconds, utilisation = (np.array(part) for part in zip(*runs, strict=True))
 
     begin = time.perf_counter()

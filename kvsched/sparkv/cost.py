@@ -95,7 +95,7 @@ class DeviceProfile:
     def of(cls, model: PreTrainedModel, chunk_tokens: int) -> DeviceProfile:
         """The kept profile of this model, device and chunk size; measured and kept if there is none."""
         try:
-            profile = TypeAdapter(cls).validate_json(_profile_path(model, chunk_tokens).read_bytes())
+            profile = TypeAdapter(cls).validate_json(profile_path(model, chunk_tokens).read_bytes())
             if len(profile.base) == len(profile.per_token) == len(PrefixCache(model.config, 0).layers) + 1:
                 return profile
         except (OSError, ValidationError):
@@ -105,7 +105,7 @@ class DeviceProfile:
     @classmethod
     def renew(cls, model: PreTrainedModel, chunk_tokens: int) -> DeviceProfile:
         """Measure a profile and keep it for this model, device and chunk size."""
-        profile, path = cls.measure(model, chunk_tokens), _profile_path(model, chunk_tokens)
+        profile, path = cls.measure(model, chunk_tokens), profile_path(model, chunk_tokens)
         path.parent.mkdir(parents=True, exist_ok=True)
         draft = path.with_suffix(".tmp")
         draft.write_text(json.dumps(asdict(profile)))
@@ -133,7 +133,8 @@ def _time_single(model: PreTrainedModel, token_ids: torch.Tensor) -> float:
     return time.perf_counter() - begin
 
 
-def _profile_path(model: PreTrainedModel, chunk_tokens: int) -> Path:
+def profile_path(model: PreTrainedModel, chunk_tokens: int) -> Path:
+    """The file in which the profile of this model, device and chunk size is kept."""
     device = f"{model.device} {torch.get_num_threads()} {_device_name(model.device)}"
     name = hashlib.sha256(f"{fingerprint(model)} {device} {chunk_tokens}".encode()).hexdigest()[:32]
     return Path(platformdirs.user_cache_dir("kvsched")) / "profiles" / f"{name}.json"

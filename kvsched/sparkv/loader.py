@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+import psutil
 import torch
 
 from ..config import SparKVConfig
@@ -26,6 +27,7 @@ from .forward import PrefixCache, kv_shapes
 from .grid import Grid
 from .manifest import Manifest
 from .plan import PLANNERS, local, makespan, stream_all, totals
+from .predictor import LearnedProfile
 from .refine import KeepingCoder, Refiner
 from .store import Store
 from .stream import Arrival, Progress, Streamer
@@ -102,7 +104,11 @@ class Loader:
         # Allocated here, as both paths write to it at once.
         self.cache = PrefixCache(model.config, self.grid.tokens).allocate(model)
         profile = DeviceProfile.of(model, self.grid.chunk_tokens)
-        self.compute_table = profile.compute_seconds(self.grid)
+        if config.cost_model == "learned":
+            busy = psutil.cpu_percent() / 100  # since it was last asked
+            self.compute_table = LearnedProfile.of(model, self.grid).compute_seconds(self.grid, busy)
+        else:
+            self.compute_table = profile.compute_seconds(self.grid)
         query_tokens = token_ids.shape[1] - self.grid.tokens
         self.query_seconds = profile.pass_seconds(query_tokens, self.grid.tokens) if query_tokens else 0.0
         # layer_bytes[t, l]: bytes of layer l's payload; a chunk object lists them last layer first.

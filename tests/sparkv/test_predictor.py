@@ -1,8 +1,14 @@
 from __future__ import annotations
 
-import numpy as np
-import pytest
+from pathlib import Path
 
+import numpy as np
+import platformdirs
+import pytest
+import torch
+
+import kvsched
+from kvsched.errors import ConfigError
 from kvsched.sparkv.grid import Grid
 from kvsched.sparkv.predictor import LearnedProfile, active_blocks
 
@@ -53,3 +59,24 @@ def test_the_same_seed_gives_the_same_network(learned: LearnedProfile) -> None:
     seconds = synthetic(learned.blocks, utilisation)
     first, second = (LearnedProfile.train(learned.blocks, seconds, utilisation, seed=3) for _ in range(2))
     np.testing.assert_array_equal(first.compute_seconds(GRID), second.compute_seconds(GRID))
+
+
+def test_a_trained_one_is_kept_and_plans_a_load(tiny_model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(platformdirs, "user_cache_dir", lambda name: str(tmp_path / "cache"))
+    model, ids = tiny_model("qwen2"), torch.randint(1, 256, (1, 70), generator=torch.Generator().manual_seed(0))
+    options = {"store": tmp_path / "store", "codec": "lossless", "chunk_tokens": 16, "cost_model": "learned"}
+    kvsched.publish(model, ids, config=options)
+    cache = kvsched.SparKVCache(model.config, options)
+    with pytest.raises(ConfigError, match="kvsched profile --chunk-tokens 16 --learned 64"):
+        cache.load(model, ids)
+
+    grid = Grid(4, 16, model.config.num_hidden_layers)
+    trained = LearnedProfile.renew(model, grid)
+    np.testing.assert_array_equal(LearnedProfile.of(model, grid).compute_seconds(grid), trained.compute_seconds(grid))
+    assert cache.load(model, ids).loaded_tokens == 64
+    with pytest.raises(ConfigError, match="4 chunks at most"):
+        LearnedProfile.of(model, Grid(5, 16, grid.layers))
+    (kept,) = (tmp_path / "cache").rglob("*.safetensors")
+    kept.write_bytes(kept.read_bytes()[:-8])
+    with pytest.raises(ConfigError, match="no learned cost model"):
+        LearnedProfile.of(model, grid)
