@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -47,9 +48,10 @@ def test_progressive_is_the_optimal_planner_with_that_codec() -> None:
     assert bench.Case(64, "1", 0.0, "stream").planned("balanced") == ("stream", "balanced")
 
 
-@pytest.fixture
-def measured(tiny_model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[bench.Bench, list[bench.Case]]:
+@pytest.fixture(scope="module")
+def measured(tiny_model, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[bench.Bench, list[bench.Case]]]:
     """A whole run on a tiny model: local, shaped and recorded links, real sockets, the pictures' file."""
+    monkeypatch, tmp_path = pytest.MonkeyPatch(), tmp_path_factory.mktemp("measured")
     monkeypatch.setattr(bench, "CHUNK_TOKENS", 32)
     monkeypatch.setattr(bench, "QUERY_TOKENS", 8)
     monkeypatch.setattr(rounds, "QUIET_SECONDS", 0.3)
@@ -60,7 +62,8 @@ def measured(tiny_model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tup
     order = bench.schedule([128], [2], ["8"], [2.0], ["local", "stream", "token_split", "optimal", "progressive"])
     order += [bench.Case(128, "log@18", 2.0, "optimal", replan, 0.2) for replan in (True, False)] * 2
     run.run(order)
-    return run, order
+    yield run, order
+    monkeypatch.undo()
 
 
 def test_a_run_measures_every_case_and_keeps_the_tokens(measured) -> None:
