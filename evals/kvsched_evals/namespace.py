@@ -63,7 +63,10 @@ class Namespace:
         return self
 
     def __exit__(self, *_: object) -> None:
-        _run("ip", "netns", "delete", self.name)  # its interface goes with it, and with that our end
+        # With the namespace the link would go too, but some time later: its name would still be taken.
+        with contextlib.suppress(subprocess.CalledProcessError):
+            _run("ip", "link", "delete", self._outer)
+        _run("ip", "netns", "delete", self.name)
 
     def shape(self, mbit: float) -> None:
         """Let what the namespace sends pass at `mbit` (10^6 bit/s, above 0) from now on."""
