@@ -350,8 +350,11 @@ def test_threads_stand_in_where_the_platform_has_no_such_calls(tmp_path, monkeyp
 
 
 def test_closing_waits_for_what_nobody_waited_for(tmp_path):
+    gc.collect()
+    before = open_files_and_threads()
     file = FlashFile(tmp_path, 1)
     file.reserve(64 * PAGE)
     file.write([(i * PAGE, page(memory, i)) for memory in [pages(64)] for i in range(64)])
     file.close()
     file.close()
+    assert open_files_and_threads() == before
