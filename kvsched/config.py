@@ -204,7 +204,10 @@ class DynaKVConfig(CacheConfig):
         cluster_size: mean tokens in a cluster; `None` takes the policy's own, 2.75 for `dynakv`. Fewer find more of the
             attention with the same budget, and need more DRAM for the index.
         max_cluster_size: a cluster is split rather than grow beyond this.
-        storage: how keys and values lie on flash; `auto` is the model's own dtype, so nothing is lost.
+        storage: how keys and values lie in clusters, on flash and in DRAM; `auto` is the model's own dtype, so nothing
+            is lost. `int8` and `fp8` take 8 bits a number and a factor for each key and value: with `int8` a number of
+            the key (turned back by its position and centred) or value is off by up to 1/254 of the largest there, with
+            `fp8` by up to 1/16 of itself. docs/storage.md states what that does to a model.
         io_threads: reads in flight at once where the kernel does not take whole batches by itself.
     """
 
@@ -218,7 +221,7 @@ class DynaKVConfig(CacheConfig):
     prefill: Literal["exact", "retrieval"] = "exact"
     cluster_size: float | None = None
     max_cluster_size: int = 16
-    storage: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+    storage: Literal["auto", "float32", "float16", "bfloat16", "int8", "fp8"] = "auto"
     io_threads: int = 8
 
     def __post_init__(self) -> None:

@@ -84,7 +84,7 @@ def test_every_unknown_option_is_refused_with_all_names(name: str) -> None:
         (DynaKVConfig, "cluster_size", 0),
         (DynaKVConfig, "max_cluster_size", 1),
         (DynaKVConfig, "io_threads", 0),
-        (DynaKVConfig, "storage", "int8"),
+        (DynaKVConfig, "storage", "int4"),
     ],
 )
 def test_an_invalid_value_is_refused(config: type[CacheConfig], option: str, value: object) -> None:

@@ -21,6 +21,7 @@ from ..errors import UnsupportedModelError
 from . import resume
 from .layer import DynaKVLayer
 from .policies import policy_named
+from .rotary import rates_of
 from .snapshot import Saved
 from .storage import ClusterStorage
 
@@ -88,7 +89,8 @@ class DynaKVCache(Cache):
         self, config: PreTrainedConfig, options: DynaKVConfig | Mapping[str, Any] | None = None, **changes: Any
     ) -> None:
         self.options, self._config = DynaKVConfig.merge(options, changes), config
-        kinds, arguments = get_layer_types_and_kwargs(config.get_text_config(decoder=True))
+        text = config.get_text_config(decoder=True)
+        kinds, arguments = get_layer_types_and_kwargs(text)
         if unknown := set(kinds) - set(DYNAMIC_LAYER_TYPE_MAPPING):
             raise UnsupportedModelError(
                 f"the model has layers of type {', '.join(sorted(unknown))}, for which transformers' DynamicCache has "
@@ -101,7 +103,7 @@ class DynaKVCache(Cache):
 
         def layer(number: int, kind: str, given: dict[str, Any]) -> Any:
             if kind == "full_attention" and number >= dense:
-                return DynaKVLayer(self.options, self._storage, number)
+                return DynaKVLayer(self.options, self._storage, number, rates_of(text, kind))
             return DYNAMIC_LAYER_TYPE_MAPPING[kind](**given)
 
         super().__init__(

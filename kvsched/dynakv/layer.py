@@ -8,7 +8,7 @@ query retrieves (`decode`). What is new is brought into clusters afterwards (`in
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,12 +23,13 @@ from ..errors import UnsupportedModelError
 from .affinity import telling
 from .decode import Decoder
 from .dense import DenseTokens
+from .entries import EntryForm, packing_of
 from .intake import Intake
 from .padding import real_tokens
 from .policies import policy_named
 from .prefill import Chunk, ChunkAttention, Tokens
 from .storage import ClusterStorage
-from .stored import EntryForm, StoredClusters
+from .stored import StoredClusters
 
 Attention = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
 
@@ -38,6 +39,10 @@ class DynaKVLayer(CacheLayerMixin):
 
     Rows of the batch and KV heads are streams, `S = batch x kv_heads`, each with clusters of its own. A token is an
     entry: its key (after RoPE) and value side by side. Padding is never kept.
+
+    Args:
+        number: of the layer.
+        rates: of the model's rotary embedding, as `rotary.rates_of` gives them.
 
     Attributes:
         clusters: tokens that left the recent window.
@@ -49,9 +54,11 @@ class DynaKVLayer(CacheLayerMixin):
     is_croppable = True
     decoder_class = Decoder
 
-    def __init__(self, config: DynaKVConfig, storage: ClusterStorage, number: int = 0) -> None:
+    def __init__(
+        self, config: DynaKVConfig, storage: ClusterStorage, number: int = 0, rates: Sequence[float] = ()
+    ) -> None:
         super().__init__()
-        self.config, self.storage, self._number = config, storage, number
+        self.config, self.storage, self._number, self._rates = config, storage, number, rates
         self.policy = policy_named(config.policy)(config)
         self.steps = self._spent = 0
         self._seen = 0
@@ -66,8 +73,9 @@ class DynaKVLayer(CacheLayerMixin):
     def _initialize(self, form: EntryForm, heads: int, streams: int) -> None:
         self.dtype, self.device, self._form, self._kv_heads = form.dtype, form.device, form, heads
         config = self.config
-        self.storage.open(form.width, form.dtype if config.storage == "auto" else getattr(torch, config.storage))
-        self.clusters = StoredClusters(self.storage, self.policy, self._form, streams, self._number)
+        packing = packing_of(config.storage, form, streams, self._rates)
+        self.storage.open(packing.width, packing.dtype)
+        self.clusters = StoredClusters(self.storage, self.policy, packing, streams, self._number)
         self.dense = DenseTokens(streams, self._form.width, config.sinks, config.recent, self.dtype, self.device)
         self._intake = Intake(self.clusters, self.dense)
         self.decoder = self.decoder_class(self.clusters, self.dense)
@@ -80,6 +88,7 @@ class DynaKVLayer(CacheLayerMixin):
         tensors = {"entries": self.dense.entries, "position": self.dense.position, "grouped": self._intake.grouped}
         tensors |= {"splits": clusters.splits, "moved": clusters.moved}
         tensors |= {f"index.{name}": tensor for name, tensor in clusters.index.state().items()}
+        tensors |= clusters.packing.state()
         return tensors, {
             "streams": clusters.streams,
             "kv_heads": self._kv_heads,
@@ -117,6 +126,7 @@ class DynaKVLayer(CacheLayerMixin):
         dense.recent = int(values["recent"])
         if not 0 <= dense.recent <= self.dense.position.shape[1] - dense.waiting.stop:
             raise ValueError(f"{dense.recent} tokens in the recent window")
+        self.clusters.packing.restore(take)
         self._intake.grouped = take("grouped", torch.int64, streams)
         self.clusters.splits, self.clusters.moved = (take(name, torch.int64, streams) for name in ("splits", "moved"))
         index.restore(lambda name, *form: take(f"index.{name}", *form), torch.from_numpy(addresses).to(take.device))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -11,6 +10,7 @@ import torch
 from kvsched_kernels import members, moments, two_means
 
 from .clusters import ClusterIndex, Clusters, ranks
+from .entries import Packing
 from .policies import Policy
 from .pools import keep_order
 from .retrieval import places
@@ -23,30 +23,6 @@ _TAKEN_AT_ONCE = 4096
 """Tokens over all streams that are looked at together when some have to go."""
 
 
-@dataclass(frozen=True)
-class EntryForm:
-    """An entry: key (after RoPE) and value of a token side by side.
-
-    Args:
-        key_width, value_width: numbers of each.
-        dtype, device: the model's, in which entries are handed out.
-    """
-
-    key_width: int
-    value_width: int
-    dtype: torch.dtype
-    device: torch.device
-
-    @property
-    def width(self) -> int:
-        """Numbers in an entry."""
-        return self.key_width + self.value_width
-
-    def apart(self, entries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of entries `[..., width]`."""
-        return entries[..., : self.key_width], entries[..., self.key_width :]
-
-
 class StoredClusters:
     """Clusters of `streams` streams, which are the rows of the batch times the KV heads.
 
@@ -56,8 +32,11 @@ class StoredClusters:
         moved: entries of each stream that splits moved to another place on flash, int64 `[S]`.
     """
 
-    def __init__(self, storage: ClusterStorage, policy: Policy, form: EntryForm, streams: int, number: int = 0) -> None:
-        self.storage, self.policy, self.form, self.streams = storage, policy, form, streams
+    def __init__(
+        self, storage: ClusterStorage, policy: Policy, packing: Packing, streams: int, number: int = 0
+    ) -> None:
+        self.storage, self.policy, self.packing, self.streams = storage, policy, packing, streams
+        self.form = form = packing.form
         self.largest = policy.config.max_cluster_size
         self._number = number
         forms, chained = policy.forms(form.key_width, form.value_width), policy.intake == "chain"
@@ -91,8 +70,9 @@ class StoredClusters:
         at = places(to_host(stream), size, self.streams, None if kept is None else to_host(kept))
         address = to_host(self.index.address[stream, cluster])
         entries, position = self.storage.gather(address, size, at.row, self.streams * at.width)
-        entries = entries.unflatten(0, (self.streams, at.width)).to(self.form.device, self.form.dtype)
-        return entries, self._to_device(position).long().view(self.streams, at.width)
+        positions = self._to_device(position).long().view(self.streams, at.width)
+        streams = torch.arange(self.streams, device=self.form.device).unsqueeze(1)
+        return self.packing.unpack(entries.unflatten(0, (self.streams, at.width)), positions, streams), positions
 
     def parts(self, tokens: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """All clusters, in parts of about `tokens` tokens over all streams: stream, number, int64 `[N]` by stream."""
@@ -121,6 +101,7 @@ class StoredClusters:
         """
         if not bool((label >= 0).any()):
             return
+        self.packing.begin(entries, position, label >= 0)
         keys = self.form.apart(entries)[0].float()
         _, size, deviation = moments(keys, label, int(groups.max()))
         stream, group = size.nonzero(as_tuple=True)
@@ -144,8 +125,9 @@ class StoredClusters:
         made = Clusters(stream, size, deviation[whole], {name: vector[whole] for name, vector in vectors.items()})
         for part in self.storage.rounds(len(stream)):
             here = rows[part], token[part]
+            packed = self.packing.pack(entries[here], position[here], rows[part])
             address = self.storage.create(
-                entries[here], to_host(size[part]), to_host(position[here]), to_host(self._pool(stream[part]))
+                packed, to_host(size[part]), to_host(position[here]), to_host(self._pool(stream[part]))
             )
             self.index.create(made[part], self._to_device(address), link[part], group[whole[part]] if chained else None)
 
@@ -159,14 +141,15 @@ class StoredClusters:
         position: torch.Tensor,
     ) -> None:
         """Put entries `[M, width]`, positions `[M]` at `offset` `[M]` of clusters in `slots` `[M]`, without gaps."""
-        self.storage.append(to_host(slots), to_host(offset), entries, to_host(position))
+        packed = self.packing.pack(entries, position, stream)
+        self.storage.append(to_host(slots), to_host(offset), packed, to_host(position))
         size = torch.bincount(stream * self.index.width + cluster, minlength=self.streams * self.index.width)
         self.index.size[:, : self.index.width] += size.view(self.streams, -1).to(self.index.size)
 
     def refresh(self, stream: torch.Tensor, cluster: torch.Tensor, slots: torch.Tensor) -> None:
         """Take what the index keeps of clusters that changed from their entries, so that no rounding adds up."""
         size = self.index.size[stream, cluster].long()
-        entries, mask = self._members(slots, size)
+        entries, mask = self._members(stream, slots, size)
         label = torch.where(mask, 0, -1)
         _, _, deviation = moments(self.form.apart(entries)[0], label, 1)
         self.index.replace(cluster, Clusters(stream, size, deviation[:, 0], self._summarise(entries, mask)))
@@ -175,7 +158,7 @@ class StoredClusters:
         """Split clusters that lie in `slots`: the first half keeps its place, the second becomes a new cluster."""
         if len(stream) == 0:
             return
-        entries, mask = self._members(slots, self.index.size[stream, cluster])
+        entries, mask = self._members(stream, slots, self.index.size[stream, cluster])
         keys = self.form.apart(entries)[0]
         half = torch.where(mask, two_means(keys, mask).long(), -1)
         _, size, deviation = moments(keys, half, 2)
@@ -203,34 +186,36 @@ class StoredClusters:
         """
         for stream, cluster in self.parts(_TAKEN_AT_ONCE):
             size = self.index.size[stream, cluster].long()
-            entries, at = self.storage.gather(to_host(self.index.address[stream, cluster]), to_host(size))
-            entries, position = entries.to(self.form.device, self.form.dtype), self._to_device(at).long()
+            packed, at = self.storage.gather(to_host(self.index.address[stream, cluster]), to_host(size))
+            packed, position = packed.to(self.form.device), self._to_device(at).long()
             of = torch.arange(len(size), device=size.device).repeat_interleave(size)
             kept = position < start
             left = torch.bincount(of[kept], minlength=len(size))
             touched = left < size
             if not touched.any():
                 continue
-            yield stream[of[~kept]], entries[~kept], position[~kept]
+            gone = ~kept
+            yield stream[of[gone]], self.packing.unpack(packed[gone], position[gone], stream[of[gone]]), position[gone]
             kept &= touched[of]
-            self._rewrite(stream[touched], cluster[touched], left[touched], entries[kept], position[kept])
+            self._rewrite(stream[touched], cluster[touched], left[touched], packed[kept], position[kept])
 
     def _rewrite(
         self,
         stream: torch.Tensor,
         cluster: torch.Tensor,
         size: torch.Tensor,
-        entries: torch.Tensor,
+        packed: torch.Tensor,
         position: torch.Tensor,
     ) -> None:
-        """Give clusters the first `size` of their entries `[sum of sizes, width]` in turn, at a new address."""
+        """Give clusters the first `size` of entries, packed, `[sum of sizes, width]` in turn, at a new address."""
         self.free(stream, cluster)
         self.index.size[stream, cluster] = 0
         some = size > 0
         stream, cluster, size = stream[some], cluster[some], size[some]
-        address = self.storage.create(entries, to_host(size), to_host(position), to_host(self._pool(stream)))
+        address = self.storage.create(packed, to_host(size), to_host(position), to_host(self._pool(stream)))
         self.index.address[stream, cluster] = self._to_device(address).to(self.index.address)
         of = torch.arange(len(size), device=size.device).repeat_interleave(size)
+        entries = self.packing.unpack(packed, position, stream[of])
         padded = torch.zeros(len(size), self.largest, self.form.width, device=size.device)
         padded[of, ranks(of)] = entries.float()
         mask = torch.arange(self.largest, device=size.device) < size.unsqueeze(1)
@@ -249,6 +234,7 @@ class StoredClusters:
         gone = ~torch.isin(stream, streams)
         self.free(stream[gone], cluster[gone])
         self.index.select(streams)
+        self.packing.select(streams)
         self.splits, self.moved = self.splits[streams], self.moved[streams]
         self.streams = len(streams)
 
@@ -263,11 +249,14 @@ class StoredClusters:
                 address = self.storage.create(entries, size, position, to_host(self._pool(s)))
                 self.index.address[s, c] = self._to_device(address).to(self.index.address)
 
-    def _members(self, slots: torch.Tensor, size: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _members(
+        self, stream: torch.Tensor, slots: torch.Tensor, size: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Entries of clusters in DRAM, float32 `[N, max_cluster_size, width]`, and bool `[N, n]`, where one is."""
         each = torch.arange(self.largest, device=slots.device)
-        entries = self.storage.read(to_host(slots.unsqueeze(1)), to_host(each))
-        return entries.to(self.form.device, self.form.dtype).float(), each < size.unsqueeze(1)
+        at = to_host(slots.unsqueeze(1)), to_host(each)
+        packed, position = self.storage.read(*at), self._to_device(self.storage.positions(*at))
+        return self.packing.unpack(packed, position, stream.unsqueeze(1)).float(), each < size.unsqueeze(1)
 
     def _summarise(self, entries: torch.Tensor, mask: torch.Tensor) -> dict[str, torch.Tensor]:
         return self.policy.summarise(*self.form.apart(entries.float()), mask)
