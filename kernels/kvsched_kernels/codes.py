@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
@@ -71,7 +72,12 @@ def unpack(packed: torch.Tensor, bits: int, dim: int) -> torch.Tensor:
 
 def dot(query: torch.Tensor, packed: torch.Tensor, bits: int) -> torch.Tensor:
     """Products of queries with codes: float32 `[S, G, C]` for `query` `[S, G, D]` and `packed` `[S, C, W]`."""
-    return torch.cat([_dot(query, piece, bits) for piece in _pieces(packed, query.shape[2])], dim=-1)
+    parts, width = 8 // bits, packed.shape[-1]
+    padded = torch.nn.functional.pad(query.float(), (0, parts * width - query.shape[-1]))
+    scale = torch.tensor([2.0 ** (-bits * part) for part in range(parts)], device=query.device)
+    factor = padded.unflatten(-1, (parts, width)).permute(2, 0, 1, 3) * scale.view(-1, 1, 1, 1)
+    factor = torch.cat([factor[:-1] - factor[1:], factor[-1:]])
+    return torch.cat([_dot(factor, piece, bits) for piece in _pieces(packed, query.shape[2])], dim=-1)
 
 
 def mix(weight: torch.Tensor, packed: torch.Tensor, bits: int, dim: int) -> torch.Tensor:
@@ -85,17 +91,23 @@ def _pieces(packed: torch.Tensor, dim: int) -> tuple[torch.Tensor, ...]:
     return packed.split(max(1, _AT_ONCE // max(1, packed.shape[0] * dim)), dim=1)
 
 
-def _dot(query: torch.Tensor, packed: torch.Tensor, bits: int) -> torch.Tensor:
-    total = None
-    for part, piece in enumerate(query.float().split(packed.shape[-1], dim=-1)):
-        codes = _part(packed, bits, part)[..., : piece.shape[-1]].float().transpose(1, 2)
-        total = torch.bmm(piece, codes) if total is None else total.baddbmm_(piece, codes)
-    assert total is not None
+def _dot(factor: torch.Tensor, packed: torch.Tensor, bits: int) -> torch.Tensor:
+    """Products with the lowest codes of every byte, with the lowest two, ...: factors are such that codes add up."""
+    total = torch.bmm(factor[0], _lowest(packed, bits, 1).transpose(1, 2))
+    for part in range(1, len(factor)):
+        total.baddbmm_(factor[part], _lowest(packed, bits, part + 1).transpose(1, 2))
     return total
 
 
 def _mix(weight: torch.Tensor, packed: torch.Tensor, bits: int) -> torch.Tensor:
-    return torch.cat([torch.bmm(weight, _part(packed, bits, part).float()) for part in range(8 // bits)], dim=-1)
+    sums = [torch.bmm(weight, _lowest(packed, bits, part + 1)) for part in range(8 // bits)]
+    apart = [(more - less) / 2 ** (bits * part) for part, (less, more) in enumerate(pairwise(sums), 1)]
+    return torch.cat([sums[0], *apart], dim=-1)
+
+
+def _lowest(packed: torch.Tensor, bits: int, count: int) -> torch.Tensor:
+    """The lowest `count` codes of every byte as one number, float32: a mask is cheaper than a shift and a mask."""
+    return (packed if count * bits == 8 else packed & (2 ** (count * bits) - 1)).float()
 
 
 def _part(packed: torch.Tensor, bits: int, part: int) -> torch.Tensor:
