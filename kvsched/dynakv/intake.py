@@ -148,7 +148,7 @@ class Intake:
             full = torch.zeros(len(group), dtype=torch.bool, device=of.device).index_fill_(0, of[~fits], True)
             for part in clusters.storage.rounds(len(group)):
                 s, c = group[part] // width, group[part] % width
-                slots = clusters.fetch(s, c)
+                slots = clusters.fetch_own(s, c)
                 some = fits & (of >= part.start) & (of < part.stop)
                 self._append(stream[some], column[some], cluster[some], offset[some], slots[of[some] - part.start])
                 if self.policy.intake == "split":
@@ -217,4 +217,4 @@ class Intake:
         stream, column = ((rank < room.unsqueeze(1)) & (best.values > 0)).nonzero(as_tuple=True)
         cluster = best.indices[stream, column]
         for part in self.clusters.storage.rounds(len(stream)):
-            self.clusters.split(stream[part], cluster[part], self.clusters.fetch(stream[part], cluster[part]))
+            self.clusters.split(stream[part], cluster[part], self.clusters.fetch_own(stream[part], cluster[part]))

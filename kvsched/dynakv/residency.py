@@ -82,7 +82,7 @@ class Policy(Protocol):
         """float64 `[n]`: those of the lowest worth leave first. `capacity` is in entries."""
 
 
-class _PerAddress:
+class PerAddress:
     """A number for every address."""
 
     def __init__(self, dtype: type, fill: float) -> None:
@@ -115,7 +115,7 @@ class LeastFrequentlyUsed:
     """The baseline of that name; uses are counted also while a cluster is not resident, ties go by recency."""
 
     def __init__(self) -> None:
-        self._count = _PerAddress(np.int32, 0)
+        self._count = PerAddress(np.int32, 0)
 
     def use(self, addresses: np.ndarray, clock: Clock) -> None:
         """See `Policy`."""
@@ -144,7 +144,7 @@ class ClusterAligned:
     ) -> None:
         self._half_life, self._small, self._reserved, self._ahead = half_life, small, reserved, ahead
         # log2 of the weighed uses, plus step / half_life: constant until the next use.
-        self._uses = _PerAddress(np.float32, -np.inf)
+        self._uses = PerAddress(np.float32, -np.inf)
 
     def use(self, addresses: np.ndarray, clock: Clock) -> None:
         """See `Policy`."""
@@ -191,7 +191,7 @@ class Residency:
         self.clock = Clock()
         self._entry_bytes = entry_bytes
         self._slots = Numbers()
-        self._slot_of = _PerAddress(np.int32, -1)
+        self._slot_of = PerAddress(np.int32, -1)
         self._address = np.zeros(0, dtype=np.int32)
         self._size = np.zeros(0, dtype=np.int32)
         self._used_in = np.zeros(0, dtype=np.int32)

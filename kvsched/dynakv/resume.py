@@ -97,8 +97,10 @@ def restore(saved: Saved, storage: ClusterStorage, layers: Sequence[CacheLayerMi
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise saved.refused(f"what it says of a layer cannot be used ({error})") from error
     used = [layer.clusters.addresses() for layer in layers if isinstance(layer, DynaKVLayer) and layer.is_initialized]
-    if not used or not np.array_equal(np.sort(np.concatenate(used)), np.sort(addresses[addresses >= 0])):
+    each, owners = np.unique(np.concatenate([*used, addresses[:0]]), return_counts=True)
+    if not used or not np.array_equal(each, np.sort(addresses[addresses >= 0])):
         raise saved.refused("its layers and its clusters do not belong together")
+    storage.share(np.repeat(each, owners - 1))
 
 
 def _model(config: PreTrainedConfig) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from .engine import Request, Transfer
 from .flash import PAGE, Buffer, FlashFile
 from .pools import Pools
 from .prefetch import Ahead, Placed
-from .residency import ClusterAligned, Evicted, Residency
+from .residency import ClusterAligned, Evicted, PerAddress, Residency
 from .runs import WASTE, Runs, merge
 from .snapshot import Saved, save
 
@@ -72,6 +72,8 @@ class ClusterStorage:
         self._spent: dict[str, int] = {}
         self._failed: FlashError | None = None
         self._unfit = False
+        # Owners of a cluster beyond the first, and the sum of them.
+        self._owners, self._extra_owners = PerAddress(np.int16, 0), 0
         self._writing: Transfer | None = None
         self._written = np.zeros((0, 2), dtype=np.int64)
         self._width: int
@@ -136,7 +138,8 @@ class ClusterStorage:
         """DRAM of the tables that say where clusters lie, in DRAM and on flash."""
         if self.residency is None:
             return 0
-        return self.pools.nbytes + self.residency.nbytes + self.arena.nbytes + ROW_TABLES * self.arena.limit
+        shared = self._owners.values.nbytes
+        return self.pools.nbytes + self.residency.nbytes + self.arena.nbytes + shared + ROW_TABLES * self.arena.limit
 
     def spend(self, name: str, nbytes: int) -> None:
         """Count `nbytes` of DRAM that are held elsewhere, as `name`, against the budget; clusters get the rest.
@@ -157,12 +160,18 @@ class ClusterStorage:
             self._fit()
 
     def fetch(self, addresses: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-        """The slots of clusters (each once) that hold `sizes` entries; those not resident are read.
+        """The slots of clusters (each once for every owner) that hold `sizes` entries; those not resident are read.
 
         Raises:
             ConfigError: the DRAM budget cannot hold them at once (`gather` and `rounds` take them in parts).
             FlashError: reading or writing back failed.
         """
+        if self._extra_owners:
+            addresses, first, of = np.unique(addresses, return_index=True, return_inverse=True)
+            return self._fetch(addresses, sizes[first])[of]
+        return self._fetch(addresses, sizes)
+
+    def _fetch(self, addresses: np.ndarray, sizes: np.ndarray) -> np.ndarray:
         slots, evicted = self.table.admit(addresses, sizes)
         self._evict(evicted)
         if (missing := slots < 0).any():
@@ -203,6 +212,9 @@ class ClusterStorage:
         What an earlier call brought and nobody asked for is given up. Clusters may be fetched, changed or freed
         meanwhile: what was read ahead of that is never used.
         """
+        if self._extra_owners:
+            first = np.sort(np.unique(addresses, return_index=True)[1])
+            addresses, sizes = addresses[first], sizes[first]
         away = np.flatnonzero(self.table.slot_of(addresses) < 0)
         needs = self._needs(sizes[away] * self.entry_bytes)
         away = away[: next(self._parts(needs, len(self.ahead.buffer.memory)), slice(0)).stop]
@@ -309,8 +321,45 @@ class ClusterStorage:
         """bool: which clusters can be used without reading."""
         return self.table.slot_of(addresses) >= 0
 
+    def share(self, addresses: np.ndarray) -> None:
+        """Give clusters one more owner for each time that they are named: as often more they have to be freed."""
+        np.add.at(self._owners.cover(addresses), addresses, 1)
+        self._extra_owners += len(addresses)
+
+    def own(self, addresses: np.ndarray, slots: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Clusters of this round that are about to change, each for one of its owners: others keep what is there now.
+
+        Args:
+            addresses, slots: int64 `[N]`.
+
+        Returns:
+            The same, but where a cluster has further owners those of a copy.
+        """
+        if not self._extra_owners:
+            return addresses, slots
+        shared = np.flatnonzero(self._owners.cover(addresses)[addresses])
+        old, source = addresses[shared], slots[shared]
+        sizes, none = self.table.size(source), np.zeros_like(source)
+        made = self.pools.add(sizes, old)
+        self._reserve()
+        copies = self._enter(made, sizes)
+        rows = self.arena.rows(*places(source, none, sizes))
+        self.arena.data[self.arena.take(copies, none, sizes)] = self.arena.data[rows]
+        self.free(old)
+        addresses, slots = addresses.copy(), slots.copy()
+        addresses[shared], slots[shared] = made, copies
+        self._unfit = True
+        return addresses, slots
+
     def free(self, addresses: np.ndarray) -> None:
-        """Forget clusters."""
+        """Forget clusters, or those owners of them for which they are named."""
+        if self._extra_owners:
+            named, times = np.unique(addresses, return_counts=True)
+            owners = self._owners.cover(named)
+            taken = np.minimum(owners[named], times)
+            owners[named] -= taken
+            self._extra_owners -= int(taken.sum())
+            addresses = named[taken < times]
         gone = self.table.forget(addresses)
         self.arena.drop(gone.slots, gone.sizes)
         self.ahead.forget(addresses)

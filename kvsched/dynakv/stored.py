@@ -52,6 +52,14 @@ class StoredClusters:
         address, size = self.index.address[stream, cluster], self.index.size[stream, cluster]
         return self._to_device(self.storage.fetch(to_host(address), to_host(size)))
 
+    def fetch_own(self, stream: torch.Tensor, cluster: torch.Tensor) -> torch.Tensor:
+        """`fetch` for clusters that are about to change: those that other streams share are copied."""
+        address, slots = self.storage.own(
+            to_host(self.index.address[stream, cluster]), to_host(self.fetch(stream, cluster))
+        )
+        self.index.address[stream, cluster] = self._to_device(address).to(self.index.address)
+        return self._to_device(slots)
+
     def read_ahead(self, stream: torch.Tensor, cluster: torch.Tensor) -> None:
         """Start reading clusters that are about to be fetched or gathered."""
         address, size = self.index.address[stream, cluster], self.index.size[stream, cluster]
@@ -229,25 +237,16 @@ class StoredClusters:
         self.storage.free(to_host(self.index.address[stream, cluster]))
 
     def select(self, streams: torch.Tensor) -> None:
-        """Keep `streams` (int64, repeats allowed) in this order; each copy of a stream gets clusters of its own."""
+        """Keep `streams` (int64, repeats allowed) in this order; copies share their clusters until these change."""
         stream, cluster = self.index.clusters()
-        gone = ~torch.isin(stream, streams)
-        self.free(stream[gone], cluster[gone])
+        copies = torch.bincount(streams, minlength=self.streams)[stream]
+        address = self.index.address[stream, cluster]
+        self.storage.share(to_host(address.repeat_interleave((copies - 1).clamp_min(0))))
+        self.storage.free(to_host(address[copies == 0]))
         self.index.select(streams)
         self.packing.select(streams)
         self.splits, self.moved = self.splits[streams], self.moved[streams]
         self.streams = len(streams)
-
-        copy = ranks(streams)
-        for nth in range(1, int(copy.max()) + 1):
-            stream, cluster = self.index.clusters()
-            stream, cluster = stream[copy[stream] == nth], cluster[copy[stream] == nth]
-            for part in self.storage.rounds(len(stream)):
-                s, c = stream[part], cluster[part]
-                size = to_host(self.index.size[s, c])
-                entries, position = self.storage.gather(to_host(self.index.address[s, c]), size)
-                address = self.storage.create(entries, size, position, to_host(self._pool(s)))
-                self.index.address[s, c] = self._to_device(address).to(self.index.address)
 
     def _members(
         self, stream: torch.Tensor, slots: torch.Tensor, size: torch.Tensor

@@ -77,6 +77,23 @@ def test_loaded_caches_can_be_cropped_and_saved_again(tiny_model, tmp_path):
     cache.close()
 
 
+def test_rows_that_share_clusters_still_do_when_loaded(tiny_model, tmp_path):
+    model = tiny_model("llama", num_hidden_layers=1)
+    cache = DynaKVCache(model.config, OPTIONS)
+    ids = torch.cat([conversation(model, cache), prompt(1, 20, seed=1)], dim=1).repeat(2, 1)
+    cache.batch_repeat_interleave(2)
+    cache.save(tmp_path)
+    loaded = DynaKVCache.load(tmp_path, model.config)
+    assert loaded._storage.pools.used == cache._storage.pools.used == loaded.report().clusters / 2
+    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 20, "do_sample": True, "top_k": 50}
+    answers = []
+    for each in (cache, loaded):
+        torch.manual_seed(0)
+        answers.append(model.generate(ids, past_key_values=each, **options))
+        each.close()
+    assert torch.equal(*answers) and not torch.equal(*answers[0])
+
+
 def test_what_does_not_fit_is_refused(tiny_model, tmp_path):
     model = tiny_model("qwen2")
     empty = DynaKVCache(model.config, OPTIONS)
