@@ -1,8 +1,8 @@
 """Clusters kept in a folder: their entries, cluster after cluster, tables of which is which, and a manifest.
 
 The manifest names the other two files, which every save gives new names, and their checksums. It takes its place in one
-step when they are complete, so a save that is cut short leaves the one before as it was; what was altered, cut or put
-there by something else is refused.
+step when they are complete, so a save that is cut short leaves the one before as it was, and files that nothing names,
+which the next save removes; what was altered, cut or put there by something else is refused.
 """
 
 from __future__ import annotations
@@ -108,7 +108,8 @@ class Saved:
         except FlashError:
             raise
         except OSError as error:
-            raise self.refused(error.strerror or str(error)) from error
+            begun = not (folder / MANIFEST).exists() and any(folder.glob("clusters-*"))
+            raise self.refused("a save there was cut short" if begun else error.strerror or str(error)) from error
         except (ValueError, KeyError, TypeError, SafetensorError) as error:
             raise self.refused("its manifest or tables cannot be read") from error
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import signal
 
 import pytest
 import torch
@@ -151,25 +150,6 @@ def test_tables_that_do_not_belong_together_are_refused(tiny_model, tmp_path, ta
     (tmp_path / snapshot.MANIFEST).write_text(json.dumps(manifest))
     with pytest.raises(FlashError, match="no clusters can be taken"):
         DynaKVCache.load(tmp_path, model.config)
-
-
-@pytest.mark.parametrize("call", ["fsync", "replace"])
-def test_a_process_killed_while_it_saves_leaves_the_one_before(tiny_model, tmp_path, call):
-    model = tiny_model("llama", num_hidden_layers=1)
-    cache = DynaKVCache(model.config, OPTIONS)
-    ids = conversation(model, cache)
-    cache.save(tmp_path / "saved")
-    if (child := os.fork()) == 0:
-        # A forked child has no threads, which reading clusters needs: it saves others, and dies in the middle.
-        setattr(os, call, lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
-        snapshot.save(tmp_path / "saved", [b"half"], {}, {})
-        os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
-    expected = second_turn(model, cache, ids)
-    cache.close()
-    loaded = DynaKVCache.load(tmp_path / "saved", model.config)
-    assert torch.equal(second_turn(model, loaded, ids), expected)
-    loaded.close()
 
 
 @pytest.mark.parametrize(("call", "code"), [("fsync", errno.EIO), ("replace", errno.ENOSPC), ("write", errno.ENOSPC)])
