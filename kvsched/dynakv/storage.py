@@ -236,17 +236,12 @@ class ClusterStorage:
         All that belong together should come at once. More than half of DRAM holds begin rounds of their own.
 
         Args:
-            entries: `[sizes.sum(), width]`, cluster by cluster; or `[N, max_cluster_size, width]`, the first `sizes`
-                of each.
+            entries: `[sizes.sum(), width]`, cluster by cluster.
             sizes: int64 `[N]`.
-            position: integers of the same leading shape, kept with the entries.
+            position: integers `[sizes.sum()]`, kept with the entries.
             group: int64 `[N]`, ascending: the stream of each, over all layers. Clusters of a group lie side by side in
                 the order given.
         """
-        if entries.ndim == 3:
-            cluster, offset = places(np.arange(len(sizes)), np.zeros_like(sizes), sizes)
-            entries = entries[torch.from_numpy(cluster), torch.from_numpy(offset)]
-            position = None if position is None else position[cluster, offset]
         addresses = self.pools.create(sizes, np.zeros_like(sizes) if group is None else group)
         self._reserve()
         ends = np.cumsum(sizes)

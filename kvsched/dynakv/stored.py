@@ -16,10 +16,10 @@ from .pools import keep_order
 from .retrieval import places
 from .storage import ClusterStorage
 
-_AT_ONCE = 1024
-"""Groups of tokens that are summarised at once, which bounds the memory of copies padded to the largest."""
+_NUMBERS_AT_ONCE = 1 << 18
+"""In copies of clusters padded to the largest, which no budget counts: 1 MiB in float32."""
 
-_TAKEN_AT_ONCE = 4096
+_TAKEN_AT_ONCE = 1024
 """Tokens over all streams that are looked at together when some have to go."""
 
 
@@ -117,7 +117,7 @@ class StoredClusters:
         token = members(label, stream, group, int(size.max()))
         parts = [
             self._summarise(entries[stream[part].unsqueeze(1), token[part].clamp_min(0)], token[part] >= 0)
-            for part in torch.arange(len(stream), device=label.device).split(_AT_ONCE)
+            for part in self._some(len(stream), token.shape[1])
         ]
         vectors = {name: torch.cat([part[name] for part in parts]) for name in self.index.tables}
 
@@ -125,15 +125,16 @@ class StoredClusters:
             (size + self.largest - 1) // self.largest
         )
         link = ranks(whole)
-        column = (link * self.largest).unsqueeze(1) + torch.arange(self.largest, device=label.device)
+        each = torch.arange(self.largest, device=label.device)
+        column = (link * self.largest).unsqueeze(1) + each
         token = token[whole.unsqueeze(1), column.clamp_max(token.shape[1] - 1)].clamp_min(0)
         size = (size[whole] - column[:, 0]).clamp_max(self.largest)
         stream = stream[whole]
-        rows = stream.unsqueeze(1)
         made = Clusters(stream, size, deviation[whole], {name: vector[whole] for name, vector in vectors.items()})
         for part in self.storage.rounds(len(stream)):
-            here = rows[part], token[part]
-            packed = self.packing.pack(entries[here], position[here], rows[part])
+            nth, offset = (each < size[part].unsqueeze(1)).nonzero(as_tuple=True)
+            here = stream[part][nth], token[part][nth, offset]
+            packed = self.packing.pack(entries[here], position[here], here[0])
             address = self.storage.create(
                 packed, to_host(size[part]), to_host(position[here]), to_host(self._pool(stream[part]))
             )
@@ -156,16 +157,19 @@ class StoredClusters:
 
     def refresh(self, stream: torch.Tensor, cluster: torch.Tensor, slots: torch.Tensor) -> None:
         """Take what the index keeps of clusters that changed from their entries, so that no rounding adds up."""
-        size = self.index.size[stream, cluster].long()
-        entries, mask = self._members(stream, slots, size)
-        label = torch.where(mask, 0, -1)
-        _, _, deviation = moments(self.form.apart(entries)[0], label, 1)
-        self.index.replace(cluster, Clusters(stream, size, deviation[:, 0], self._summarise(entries, mask)))
+        for part in self._some(len(stream), self.largest):
+            size = self.index.size[stream[part], cluster[part]].long()
+            entries, mask = self._members(stream[part], slots[part], size)
+            _, _, deviation = moments(self.form.apart(entries)[0], torch.where(mask, 0, -1), 1)
+            changed = Clusters(stream[part], size, deviation[:, 0], self._summarise(entries, mask))
+            self.index.replace(cluster[part], changed)
 
     def split(self, stream: torch.Tensor, cluster: torch.Tensor, slots: torch.Tensor) -> None:
         """Split clusters that lie in `slots`: the first half keeps its place, the second becomes a new cluster."""
-        if len(stream) == 0:
-            return
+        for part in self._some(len(stream), self.largest):
+            self._split(stream[part], cluster[part], slots[part])
+
+    def _split(self, stream: torch.Tensor, cluster: torch.Tensor, slots: torch.Tensor) -> None:
         entries, mask = self._members(stream, slots, self.index.size[stream, cluster])
         keys = self.form.apart(entries)[0]
         half = torch.where(mask, two_means(keys, mask).long(), -1)
@@ -247,6 +251,11 @@ class StoredClusters:
         self.packing.select(streams)
         self.splits, self.moved = self.splits[streams], self.moved[streams]
         self.streams = len(streams)
+
+    def _some(self, clusters: int, largest: int) -> Iterator[slice]:
+        """Parts of some clusters of which copies padded to `largest` entries take little memory."""
+        step = max(1, _NUMBERS_AT_ONCE // (largest * self.form.width))
+        return (slice(start, start + step) for start in range(0, clusters, step))
 
     def _members(
         self, stream: torch.Tensor, slots: torch.Tensor, size: torch.Tensor
