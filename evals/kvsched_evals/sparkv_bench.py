@@ -128,7 +128,7 @@ class Bench:
     def run(self, order: list[Case]) -> None:
         """Measure what is missing of `order`; a case stands in it as often as it is to be measured."""
         longest, seen = max(case.context for case in order), Counter[Case]()
-        DeviceProfile.of(self.model, CHUNK_TOKENS)
+        DeviceProfile.renew(self.model, CHUNK_TOKENS)  # a kept one may be of a busier hour
         with tempfile.TemporaryDirectory() as folder:
             for codec in sorted({case.planned(self.codec)[1] for case in order if case.planner != "local"}):
                 config = {"codec": codec, "chunk_tokens": CHUNK_TOKENS}

@@ -27,8 +27,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("kvsched")
 
-# Bytes a second that each store gave when something was last loaded from it: the first guess of the next load.
+# What the last load found, the first guess of the next: bytes a second of each store, and how many times as long as its
+# profile says each device takes to compute while it loads.
 _last_goodput: dict[str, float] = {}
+_last_slowdown: dict[str, float] = {}
 
 
 @dataclass(frozen=True)
@@ -185,8 +187,8 @@ class SparKVCache(DynamicCache):
                 loaders.append(None)
                 continue
             end = len(ids) if overlap and len(prompts) == 1 else len(manifest.chunks) * manifest.chunk_tokens
-            goodput = _last_goodput.get(self._store.uri)
-            loaders.append(Loader(model, ids[None, :end], manifest, self._store, self.options, goodput))
+            known = _last_goodput.get(self._store.uri), _last_slowdown.get(str(model.device), 1.0)
+            loaders.append(Loader(model, ids[None, :end], manifest, self._store, self.options, *known))
         return loaders
 
     def _load_one(self, loader: Loader, batch: int) -> Iterator[None]:
@@ -327,6 +329,7 @@ class SparKVCache(DynamicCache):
         report = self._report
         if result.goodput is not None:
             _last_goodput[self._store.uri] = result.goodput
+        _last_slowdown[str(result.cache.layers[0].keys.device)] = result.slowdown
         predicted = result.predicted_seconds
         self._report = replace(
             report,

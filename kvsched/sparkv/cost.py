@@ -150,12 +150,14 @@ class ComputeRate:
     """Actual over predicted compute time, over the last layers computed.
 
     Args:
-        prior: seconds of computing that are taken to have gone as predicted. They outweigh the first layers, which are
-            quick to compute and so say little: they wait for memory and for whatever else runs.
+        prior: predicted seconds of computing that are taken to have gone by `factor`. They outweigh the first layers,
+            which are quick to compute and so say little: they wait for memory and for whatever else runs.
+        factor: actual over predicted until something is observed; of a device that loaded before, what it was then. A
+            profile is taken alone, whereas a load shares the processor with its own stream.
     """
 
-    def __init__(self, prior: float) -> None:
-        self.prior = prior
+    def __init__(self, prior: float, factor: float = 1.0) -> None:
+        self.prior, self._known = prior, factor
         self._recent: deque[tuple[float, float]] = deque(maxlen=_WINDOW_LAYERS)
 
     def observe(self, actual: float, predicted: float) -> None:
@@ -164,9 +166,10 @@ class ComputeRate:
 
     @property
     def factor(self) -> float:
-        """What predictions are to be multiplied by; 1 before anything was observed."""
-        actual, predicted = (self.prior + sum(column) for column in zip(*(self._recent or [(0.0, 0.0)]), strict=True))
-        return actual / predicted if predicted > 0 else 1.0
+        """What predictions are to be multiplied by."""
+        recent = [(self.prior * self._known, self.prior), *self._recent]
+        actual, predicted = (sum(column) for column in zip(*recent, strict=True))
+        return actual / predicted if predicted > 0 else self._known
 
 
 class LinkRate:

@@ -52,7 +52,7 @@ class LoadResult:
 
     `depths` are layers computed of each chunk; the rest of each chunk was streamed. Seconds are wall time;
     `compute_seconds` those in which the caller's thread did not wait for the stream. `predicted_seconds` is what the
-    first plan made with a measured or remembered goodput promised.
+    first plan made with a measured or remembered goodput promised. `slowdown` is actual over predicted compute time.
     """
 
     cache: PrefixCache
@@ -63,6 +63,7 @@ class LoadResult:
     predicted_seconds: float | None
     bytes_streamed: int
     goodput: float | None
+    slowdown: float
     joules: float | None
     plans: int
     timeline: tuple[Arrival, ...]
@@ -86,6 +87,7 @@ class Loader:
         manifest, store: what is published, and where.
         config: options of the cache.
         goodput: bytes a second that the link gave last time, or `None`.
+        slowdown: actual over predicted compute time of the last load on this device; 1 if there was none.
     """
 
     def __init__(
@@ -96,6 +98,7 @@ class Loader:
         store: Store,
         config: SparKVConfig,
         goodput: float | None = None,
+        slowdown: float = 1.0,
     ) -> None:
         self.model, self.token_ids, self.manifest, self.config = model, token_ids, manifest, config
         self.shapes = kv_shapes(model.config)
@@ -113,7 +116,7 @@ class Loader:
         self.query_seconds = profile.pass_seconds(query_tokens, self.grid.tokens) if query_tokens else 0.0
         # layer_bytes[t, l]: bytes of layer l's payload; a chunk object lists them last layer first.
         self.layer_bytes = np.array([chunk.payload_bytes[::-1] for chunk in manifest.chunks], dtype=float)
-        self.compute_rate = ComputeRate(prior=float(self.compute_table[0, -1]) / 4)
+        self.compute_rate = ComputeRate(float(self.compute_table[0, -1]) / 4, slowdown)
         self.link_rate = LinkRate(goodput)
         self.progress = Progress(self.grid)
         self.store, coder = store, Coder.of(model, config.codec)
@@ -129,6 +132,7 @@ class Loader:
             self._deliver,
         )
         self.plans, self._waited = 0, 0.0
+        self._passed = -1, 0.0  # the layer that the pass over the rest of the prompt entered last, and when
         self.predicted_seconds: float | None = None
         self._begin = self._end = self._planned_at = time.monotonic()
         self._assumed_goodput, self._is_division_weighed = True, False
@@ -164,6 +168,13 @@ class Loader:
 
     def complete(self, layer: int) -> None:
         """Wait until every chunk has `layer`, or compute what the stream owes where a new plan says so."""
+        passed, since = self._passed
+        if layer == passed + 1 and layer > 0 and self.query_seconds:
+            self.compute_rate.observe(time.perf_counter() - since, self.query_seconds / self.grid.layers)
+        self._fill(layer)
+        self._passed = layer, time.perf_counter()
+
+    def _fill(self, layer: int) -> None:
         progress = self.progress
         while True:
             with progress.changed:
@@ -211,6 +222,7 @@ class Loader:
             predicted_seconds=self.predicted_seconds,
             bytes_streamed=self.streamer.bytes_streamed,
             goodput=self.link_rate.goodput(time.monotonic()),
+            slowdown=float(self.compute_rate.factor),
             joules=joules,
             plans=self.plans,
             timeline=tuple(self.progress.timeline),

@@ -24,7 +24,8 @@ from .store import Store
 
 logger = logging.getLogger("kvsched")
 
-_REQUESTS = 2, 6  # at least and at most
+_REQUESTS = 2, 16  # at least and at most
+_READER_SECONDS = 0.05  # what an answer may wait for its reader, on a processor that computes as well
 # A piece of a response is what arrives in about that time: small enough to know the goodput soon, and no smaller, as
 # each piece takes time from computing.
 _PIECE_SECONDS = 0.02
@@ -114,8 +115,8 @@ class Decoder(Protocol):
 class Streamer:
     """Streams a prefix from the back: last chunk first, in each chunk the last layer first, down to its target.
 
-    Two requests are under way at any time, or more where a round trip is longer than a request's bytes take, so that
-    the link does not idle in between.
+    Two requests are under way at any time, or more where their bytes take less than a round trip and the reader do, so
+    that the link does not idle in between.
 
     Args:
         store, manifest, coder: where and what is published, and how it is read.
@@ -230,7 +231,7 @@ class Streamer:
 
     def _most_requests(self, chunk: int, upper: int, lower: int) -> int:
         start, stop = self.manifest.chunks[chunk].payload_span(upper, lower)
-        under_way = self.rate.latency * (self.rate.goodput(time.monotonic()) or 0.0)
+        under_way = (self.rate.latency + _READER_SECONDS) * (self.rate.goodput(time.monotonic()) or 0.0)
         least, most = _REQUESTS
         return max(least, min(most, 1 + math.ceil(under_way / max(1, stop - start))))
 

@@ -91,6 +91,13 @@ def test_compute_rate_is_actual_over_predicted_of_late() -> None:
     assert rate.factor == 0.5
 
 
+def test_compute_rate_begins_with_what_is_known_of_the_device() -> None:
+    assert ComputeRate(0.0, 1.5).factor == ComputeRate(2.0, 1.5).factor == 1.5
+    rate = ComputeRate(2.0, 1.5)
+    rate.observe(1.0, 2.0)
+    assert rate.factor == pytest.approx((2.0 * 1.5 + 1.0) / (2.0 + 2.0))
+
+
 def test_the_first_layers_are_outweighed_by_the_prediction() -> None:
     rate = ComputeRate(prior=1.0)
     assert rate.factor == 1
