@@ -12,7 +12,8 @@ Moments = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 _MOST_IN_A_SET = 64
 """Points of a set to split that a Triton kernel holds in registers."""
 
-_DISTANCES_AT_ONCE = 1 << 22
+_NUMBERS_AT_ONCE = 1 << 19
+"""Of distances, or of points in sets that are padded to the largest, 2 MiB in float32: they come part by part."""
 
 
 def nearest(points: torch.Tensor, centroid: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -36,7 +37,7 @@ def nearest(points: torch.Tensor, centroid: torch.Tensor, mask: torch.Tensor) ->
     origin = centroid[:, :1]
     moved = centroid - origin
     norm = moved.square().sum(-1).masked_fill(~mask, float("inf")).unsqueeze(1)
-    rows = max(1, _DISTANCES_AT_ONCE // (centroid.shape[0] * centroid.shape[1]))
+    rows = max(1, _NUMBERS_AT_ONCE // (centroid.shape[0] * centroid.shape[1]))
     labels, distances = [], []
     for part in points.split(rows, dim=1):
         part = part - origin
@@ -279,7 +280,9 @@ def divide(
         mask = point >= 0
         rows = stream.unsqueeze(1).expand_as(point)
         least = torch.where(large[stream, cluster], 0.25, 0.0).unsqueeze(1)
-        second = two_means(points[rows, point.clamp_min(0)], mask, least)
+        step = max(1, _NUMBERS_AT_ONCE // (point.shape[1] * points.shape[2]))
+        sets = zip(rows.split(step), point.split(step), mask.split(step), least.split(step), strict=True)
+        second = torch.cat([two_means(points[row, at.clamp_min(0)], inside, low) for row, at, inside, low in sets])
         grown = torch.bincount(stream, minlength=len(clusters))
         new = clusters[stream] + torch.arange(len(stream), device=label.device) - (grown.cumsum(0) - grown)[stream]
         label[rows[second], point[second]] = new.unsqueeze(1).expand_as(point)[second]
