@@ -21,6 +21,9 @@ from .retrieval import Retrieval
 
 Vectors = dict[str, torch.Tensor]
 
+_NUMBERS_AT_ONCE = 1 << 19
+"""Of mean keys that are unpacked, 2 MiB in float32: what is held beside the index is the same for any context."""
+
 
 class Policy:
     """Groups of about `cluster_size` tokens by k-means, each with its mean key; the base of all others.
@@ -79,7 +82,14 @@ class Policy:
 
     def nearest(self, keys: torch.Tensor, index: ClusterIndex) -> torch.Tensor:
         """The group that each of `keys` (float32 `[S, m, D]`) would join: int64 `[S, m]`."""
-        return nearest(keys, index.tables["key"].read(index.width), index.size[:, : index.width] > 0)[0]
+        table, found = index.tables["key"], []
+        step = max(1, _NUMBERS_AT_ONCE // (len(keys) * table.width))
+        for start in range(0, index.width, step):
+            part = slice(start, min(start + step, index.width))
+            label, distance = nearest(keys, table.read(part.stop, start), index.size[:, part] > 0)
+            found.append((label + start, distance))
+        closest = torch.stack([distance for _, distance in found]).argmin(0, keepdim=True)
+        return torch.stack([label for label, _ in found]).gather(0, closest)[0]
 
     def score(self, query: torch.Tensor, index: ClusterIndex) -> torch.Tensor:
         """Score of each group for each query head, float32 `[S, G, C]` for `[S, G, D]`: query times mean key."""

@@ -58,14 +58,14 @@ class VectorTable:
             self._follow(stream, vectors)
             self.data[stream, cluster] = self._encode(vectors, self.offset[stream, 0], self.step[stream, 0])
 
-    def vectors(self, clusters: int) -> Vectors:
-        """The first `clusters` of every stream, in place."""
-        data = self.data[:, :clusters]
+    def vectors(self, clusters: int, start: int = 0) -> Vectors:
+        """The first `clusters` of every stream but those before `start`, in place."""
+        data = self.data[:, start:clusters]
         return Vectors(data) if self.bits >= 16 else Vectors(data, self.bits, self.step, self.offset)
 
-    def read(self, clusters: int) -> torch.Tensor:
-        """The first `clusters` of every stream: float32 `[S, clusters, width]`."""
-        return self.vectors(clusters).read(self.width)
+    def read(self, clusters: int, start: int = 0) -> torch.Tensor:
+        """The first `clusters` of every stream but those before `start`: float32 `[S, clusters - start, width]`."""
+        return self.vectors(clusters, start).read(self.width)
 
     def dot(self, query: torch.Tensor, clusters: int) -> torch.Tensor:
         """Products with `query` `[S, G, width]`: float32 `[S, G, clusters]`."""
