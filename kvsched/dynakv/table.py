@@ -15,6 +15,9 @@ a recorded model than the coarser steps that would reach them."""
 _SHIFT = 0.25
 """Steps, over all channels on average, that the mean may wander before the codes are moved."""
 
+_MOVED_AT_ONCE = 1024
+"""Clusters of every stream whose codes are moved together: they are unpacked for it."""
+
 _RESCALE = 0.2
 """Share by which steps may be off, on average, before codes are made anew. It rounds them once more, so it is rare."""
 
@@ -120,7 +123,9 @@ class VectorTable:
         stale = (rescaled | shifted).flatten()
         if not stale.any():
             return
-        before = self.read(self.data.shape[1])[stale]
-        self.offset = torch.where(rescaled, offset, torch.where(shifted, self.offset + shift * self.step, self.offset))
-        self.step = step
-        self.data[stale] = self._encode(before, self.offset[stale], self.step[stale])
+        moved = torch.where(rescaled, offset, torch.where(shifted, self.offset + shift * self.step, self.offset))
+        for start in range(0, self.data.shape[1], _MOVED_AT_ONCE):
+            part = slice(start, start + _MOVED_AT_ONCE)
+            before = self.read(part.stop, start)[stale]
+            self.data[stale, part] = self._encode(before, moved[stale], step[stale])
+        self.offset, self.step = moved, step
