@@ -43,8 +43,8 @@ class Vectors:
         return mix(weight, self.data, self.bits, dim) * self.step + weight.sum(-1, keepdim=True) * self.offset
 
 
-_AT_ONCE = 1 << 20
-"""Numbers that are unpacked at once: they stay in the processor's cache, and memory is not asked for anew each time."""
+_AT_ONCE = 1 << 22
+"""Numbers that are unpacked at once, which bounds the memory."""
 
 
 def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
@@ -73,11 +73,12 @@ def unpack(packed: torch.Tensor, bits: int, dim: int) -> torch.Tensor:
 def dot(query: torch.Tensor, packed: torch.Tensor, bits: int) -> torch.Tensor:
     """Products of queries with codes: float32 `[S, G, C]` for `query` `[S, G, D]` and `packed` `[S, C, W]`."""
     parts, width = 8 // bits, packed.shape[-1]
-    padded = torch.nn.functional.pad(query.float(), (0, parts * width - query.shape[-1]))
-    scale = torch.tensor([2.0 ** (-bits * part) for part in range(parts)], device=query.device)
-    factor = padded.unflatten(-1, (parts, width)).permute(2, 0, 1, 3) * scale.view(-1, 1, 1, 1)
-    factor = torch.cat([factor[:-1] - factor[1:], factor[-1:]])
-    return torch.cat([_dot(factor, piece, bits) for piece in _pieces(packed, query.shape[2])], dim=-1)
+    if lacking := parts * width - query.shape[-1]:
+        query = torch.nn.functional.pad(query, (0, lacking))
+    scaled = [piece.float() * 2.0 ** (-bits * part) for part, piece in enumerate(query.split(width, dim=-1))]
+    factor = [*(one - following for one, following in pairwise(scaled)), scaled[-1]]
+    products = [_dot(factor, piece, bits) for piece in _pieces(packed, query.shape[2])]
+    return products[0] if len(products) == 1 else torch.cat(products, dim=-1)
 
 
 def mix(weight: torch.Tensor, packed: torch.Tensor, bits: int, dim: int) -> torch.Tensor:
@@ -91,7 +92,7 @@ def _pieces(packed: torch.Tensor, dim: int) -> tuple[torch.Tensor, ...]:
     return packed.split(max(1, _AT_ONCE // max(1, packed.shape[0] * dim)), dim=1)
 
 
-def _dot(factor: torch.Tensor, packed: torch.Tensor, bits: int) -> torch.Tensor:
+def _dot(factor: list[torch.Tensor], packed: torch.Tensor, bits: int) -> torch.Tensor:
     """Products with the lowest codes of every byte, with the lowest two, ...: factors are such that codes add up."""
     total = torch.bmm(factor[0], _lowest(packed, bits, 1).transpose(1, 2))
     for part in range(1, len(factor)):

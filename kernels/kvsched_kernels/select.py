@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from .attention import cap_scores, softmax_weights
@@ -60,29 +61,30 @@ def choose_clusters(score: torch.Tensor, size: torch.Tensor, budget: torch.Tenso
         from .gpu.select import choose_clusters as kernel
 
         return kernel(score, size, budget, mass, considered)
-    share = torch.where(size == 0, 0.0, score * size) if mass < 1 else None
     score = score.masked_fill(size == 0, float("-inf"))
     order = score.topk(considered, dim=1).indices
-    sizes = size.gather(1, order).long()
-    taken = torch.zeros_like(sizes, dtype=torch.bool)
-    left = budget
-    if share is not None:
-        wanted, share = share.sum(1, keepdim=True) * mass, share.gather(1, order)
-        held = torch.zeros_like(wanted)
+    sizes = size.gather(1, order).cpu().numpy().astype(np.int64)  # few and small: numpy takes a third of the time
+    left = budget.cpu().numpy()
+    taken = np.zeros(sizes.shape, dtype=bool)
+    if mass < 1:
+        worth = torch.where(size == 0, 0.0, score * size)
+        wanted, share = (part.cpu().numpy() for part in (worth.sum(1, keepdim=True) * mass, worth.gather(1, order)))
+        held = np.zeros_like(wanted)
     candidate = (sizes > 0) & (sizes <= left)
     while candidate.any():
         # All candidates up to the first that overflows are taken at once. That one exceeds what is then left, so each
         # round closes at least one candidate in every stream that has any.
-        asked = torch.where(candidate, sizes, 0)
+        asked = sizes * candidate
         upto = asked.cumsum(1)
         fits = candidate & (upto <= left)
-        if share is not None:
-            mine = torch.where(candidate, share, 0.0)
+        if mass < 1:
+            mine = share * candidate
             before = held + mine.cumsum(1) - mine  # of what was taken, as far as all before it are
             enough = (upto - asked <= left) & (before >= wanted)
             fits, candidate = fits & ~enough, candidate & ~enough
-            held = held + torch.where(fits, share, 0.0).sum(1, keepdim=True)
+            held = held + (share * fits).sum(1, keepdims=True)
         taken |= fits
-        left = left - torch.where(fits, sizes, 0).sum(1, keepdim=True)
-        candidate = candidate & ~fits & (sizes <= left)
-    return torch.zeros_like(size, dtype=torch.bool).scatter_(1, order, taken)
+        left = left - (asked * fits).sum(1, keepdims=True)
+        candidate &= ~fits & (sizes <= left)
+    chosen = torch.from_numpy(taken).to(order.device)
+    return torch.zeros_like(size, dtype=torch.bool).scatter_(1, order, chosen)

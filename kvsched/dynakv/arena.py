@@ -63,6 +63,10 @@ class Arena:
         """int32: the rows at `offset` of `slots` (broadcast); anything beyond a slot's size."""
         return self._table[slots, offset]
 
+    def rows_of(self, slots: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+        """int32: the rows of `slots` that hold `sizes` entries, slot by slot."""
+        return self._table[slots][np.arange(self._table.shape[1]) < sizes[:, None]]
+
     def take(self, slots: np.ndarray, begin: np.ndarray, end: np.ndarray) -> np.ndarray:
         """Give rows to offsets `begin` to `end` of `slots` (int64 `[N]` each).
 
@@ -81,7 +85,7 @@ class Arena:
 
     def drop(self, slots: np.ndarray, sizes: np.ndarray) -> None:
         """Free the rows of slots that hold `sizes` entries."""
-        self._give_back(self.rows(*places(slots, np.zeros_like(sizes), sizes)))
+        self._give_back(self.rows_of(slots, sizes))
 
     def permute(self, slots: np.ndarray, order: np.ndarray, size: np.ndarray) -> np.ndarray:
         """Rows of `slots` in another order, `[N, n]`; clean only where a row of the first `size` stays."""
@@ -125,6 +129,10 @@ class Arena:
         self._free[: len(free)], self._free_count = free, len(free)
         self.limit += len(more)
         return self.limit
+
+    def renumber(self, slots: np.ndarray) -> None:
+        """Keep `slots` alone, as the first in this order."""
+        self._table = self._table[slots]
 
     def _cover(self, slots: np.ndarray) -> None:
         if (have := len(self._table)) <= (most := int(slots.max(initial=-1))):

@@ -47,9 +47,11 @@ class Decoder:
         budget = (self.policy.config.tokens_for(step) - waiting).clamp_min(0)
         if (wanted := self.policy.config.mass) is not None:
             budget = torch.minimum(budget, tokens_that_hold(wanted, worth / query.shape[1], tokens))
-        found = self.policy.choose(worth, index, budget)
         self.clusters.storage.begin(step)
-        self.clusters.read_ahead(found.stream, found.cluster)
+        found = self._near(worth, budget, query.shape[1])
+        if found is None:
+            found = self.policy.choose(worth, index, budget)
+            self.clusters.read_ahead(found.stream, found.cluster)
         if self.policy.estimated:  # while clusters arrive from flash
             estimate = self._estimate(mass, peak[..., 0], found)
             known = peak[..., 0] + (everything - mass.sum(-1, keepdim=True))[..., 0].log_()
@@ -62,6 +64,26 @@ class Decoder:
     def retrieve(self, found: Retrieval) -> tuple[torch.Tensor, torch.Tensor]:
         """Entries `[S, n, width]` and positions `[S, n]` (-1 where none is) of what was chosen."""
         return self.clusters.gather(found.stream, found.cluster, found.kept)
+
+    def _near(self, worth: torch.Tensor, budget: torch.Tensor, heads: int) -> Retrieval | None:
+        """The best clusters in DRAM, or `None` where those on flash hold enough more that they should be asked too.
+
+        Args:
+            worth: as in `Policy.choose`, summed over `heads` query heads.
+            budget: int64 `[S, 1]`.
+        """
+        index = self.clusters.index
+        if self.policy.patience == 0 or self.clusters.storage.complete:
+            return None
+        here, size = self.clusters.in_dram(), index.size[:, : index.width]
+        near = self.policy.choose(worth, index, budget, here)
+        away, none = ~here, size == 0
+        # What a cluster on flash would displace is worth about as much as the best that was not chosen.
+        left_out = worth.masked_fill(away | near.chosen | none, 0.0).amax(1, keepdim=True)
+        gain = (worth - left_out).clamp_min_(0.0).masked_fill_(here | none, 0.0).mul_(size).sum(1)
+        # A budget for all tokens asks for all of them.
+        enough = torch.where(size.sum(1) <= budget[:, 0], 0.0, self.policy.patience * heads)
+        return None if bool((gain > enough).any()) else near
 
     def _estimate(self, mass: torch.Tensor, peak: torch.Tensor, found: Retrieval) -> Part:
         """Attention over the clusters left out: each as `size` tokens with its mean key and mean value.

@@ -1,7 +1,7 @@
 """What becomes of tokens that leave the recent window: DynaKV's Algorithm 1, and the ways it is compared with.
 
 A token waits in DRAM until its nearest cluster is there too, so that joining it costs no read; clusters that grew too
-large or too wide are split while they are in DRAM. When too many wait, the cluster most of them wait for is loaded.
+large or too wide are split while they are in DRAM. When too many wait, the clusters most of them wait for are loaded.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Intake:
                 self._group(self.dense.entries[:, region], position)
                 self.dense.end_wait(*taken.nonzero(as_tuple=True))
             else:
-                self._load_fullest(over)
+                self._load_fullest(waiting.sum(1) - WAITING)
         if self.policy.intake == "split":
             self._split_widest()
 
@@ -186,16 +186,23 @@ class Intake:
         label[stream, column] = parent
         index.follow(self.clusters.form.apart(entries)[0].float(), label)
 
-    def _load_fullest(self, over: torch.Tensor) -> None:
-        """For the streams marked in `over`, fetch the cluster that most tokens wait for."""
+    def _load_fullest(self, excess: torch.Tensor) -> None:
+        """Fetch the clusters that most tokens wait for, in each stream enough of them for `excess` (int64 `[S]`).
+
+        They come together: each alone would be a read that is waited for.
+        """
         width = self.clusters.index.width
         stream, _, cluster = self._waiting_clusters()
-        stream, cluster = stream[over[stream]], cluster[over[stream]]
         group, tokens = torch.unique(stream * width + cluster, return_counts=True)
-        fullest = group[tokens.argsort(descending=True, stable=True)]
-        fullest = fullest[ranks(fullest // width) == 0]
-        for part in self.clusters.storage.rounds(len(fullest)):
-            self.clusters.fetch(fullest[part] // width, fullest[part] % width)
+        order = tokens.argsort(descending=True, stable=True)
+        order = order[(group[order] // width).argsort(stable=True)]
+        group, tokens = group[order], tokens[order]
+        stream = group // width
+        before = tokens.cumsum(0) - tokens
+        first = torch.full_like(excess, int(tokens.sum())).scatter_reduce_(0, stream, before, "amin")
+        group = group[before - first[stream] < excess[stream]]
+        for part in self.clusters.storage.rounds(len(group)):
+            self.clusters.fetch(group[part] // width, group[part] % width)
 
     def _split_widest(self) -> None:
         """Split clusters in DRAM until there is one for `cluster_size` tokens, those with the largest deviation first.

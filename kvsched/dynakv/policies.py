@@ -38,6 +38,8 @@ class Policy:
         ordered: the groups of a prompt lie on flash in the order of `affinity`.
         estimated: share of the groups left out, best scores first, that take part by their size and mean value.
         corrects: the estimate is scaled by what it missed in the groups that were fetched.
+        patience: share of the attention, mean over the query heads, that must lie in groups on flash beyond what groups
+            in DRAM would hold in their stead before a step reads any.
         dense_layers: first layers whose tokens all take part and stay in DRAM.
     """
 
@@ -48,6 +50,7 @@ class Policy:
     ordered: bool = False
     estimated: float = 0.0
     corrects: bool = False
+    patience: float = 0.0
     dense_layers: int = 0
 
     def __init__(self, config: DynaKVConfig) -> None:
@@ -99,15 +102,18 @@ class Policy:
         """How many tokens each score stands for: integer `[S, C]`."""
         return index.size[:, : index.width]
 
-    def choose(self, worth: torch.Tensor, index: ClusterIndex, budget: torch.Tensor) -> Retrieval:
-        """The groups to fetch.
+    def choose(
+        self, worth: torch.Tensor, index: ClusterIndex, budget: torch.Tensor, among: torch.Tensor | None = None
+    ) -> Retrieval:
+        """The groups to attend to.
 
         Args:
             worth: float32 `[S, C]`, a token's share of attention, summed over the query heads, for each score.
             budget: int64 `[S, 1]`, tokens.
+            among: bool `[S, C]`, the groups that may be chosen; `None` for all.
         """
         size = index.size[:, : index.width]
-        return Retrieval.of(choose_clusters(worth, size, budget), size)
+        return Retrieval.of(choose_clusters(worth, size if among is None else size * among, budget), size)
 
 
 class DynaKV(Policy):
@@ -119,6 +125,7 @@ class DynaKV(Policy):
     ordered = True
     estimated = 1.0
     corrects = True
+    patience = 0.005
 
     def forms(self, dim: int, value_dim: int) -> Mapping[str, tuple[int, int]]:
         return {"key": (dim, 4), "value": (value_dim, 2)}
@@ -232,9 +239,13 @@ class TokenTopK(Policy):
         each = torch.arange(int(self.cluster_size), device=index.size.device)
         return (each < index.size[:, : index.width].unsqueeze(-1)).flatten(1).long()
 
-    def choose(self, worth: torch.Tensor, index: ClusterIndex, budget: torch.Tensor) -> Retrieval:
+    def choose(
+        self, worth: torch.Tensor, index: ClusterIndex, budget: torch.Tensor, among: torch.Tensor | None = None
+    ) -> Retrieval:
         size = index.size[:, : index.width]
-        kept = choose_clusters(worth, self.tokens(index), budget).view(*size.shape, -1)
+        tokens = self.tokens(index).view(*size.shape, -1)
+        tokens = tokens if among is None else tokens * among.unsqueeze(-1)
+        kept = choose_clusters(worth, tokens.flatten(1), budget).view_as(tokens)
         return Retrieval.of(kept.any(-1), size, kept)
 
 

@@ -176,6 +176,9 @@ class Evicted:
     sizes: np.ndarray
 
 
+NOBODY = Evicted(*[np.zeros(0, dtype=np.int64)] * 3)
+
+
 class Residency:
     """Which clusters are in DRAM, in which slot, and how many entries they take.
 
@@ -204,6 +207,26 @@ class Residency:
         """DRAM that the tables take, with 4 bytes for each address that a policy may need."""
         return 2 * self._slot_of.values.nbytes + sum(getattr(self, name).nbytes for name in self._PER_SLOT)
 
+    @property
+    def clusters(self) -> int:
+        """Clusters that are resident."""
+        return self._slots.used
+
+    @property
+    def sparse(self) -> bool:
+        """Whether tables have many rows for slots that nobody is in: more clusters, or smaller ones, were resident."""
+        return len(self._size) > 2 * max(64, self._slots.used)
+
+    def renumber(self) -> np.ndarray:
+        """Give the residents the first slots, and shrink the tables to these; int64: the slots they had, in turn."""
+        slots = self.residents()
+        for name in self._PER_SLOT:
+            setattr(self, name, getattr(self, name)[slots])
+        self._slot_of.values[self._address] = np.arange(len(slots))
+        self._slots = Numbers()
+        self._slots.take(len(slots))
+        return slots
+
     def begin(self, step: int | None = None) -> None:
         """Start a round: what it admits stays resident until the next. `step` counts decoded tokens, where known."""
         self.clock.advance(step)
@@ -211,6 +234,10 @@ class Residency:
     def slot_of(self, addresses: np.ndarray) -> np.ndarray:
         """int64: the slot of each cluster, -1 where it is not resident."""
         return self._slot_of.cover(addresses)[addresses].astype(np.int64)
+
+    def holds(self, addresses: np.ndarray) -> np.ndarray:
+        """bool: which clusters are resident."""
+        return self._slot_of.cover(addresses)[addresses] >= 0
 
     def size(self, slots: np.ndarray) -> np.ndarray:
         """int64: entries in each slot."""
@@ -278,7 +305,7 @@ class Residency:
         """
         excess = self.used + entries - self.capacity
         if excess <= 0:
-            return self._remove(np.zeros(0, dtype=np.int64))
+            return NOBODY
         slots = np.flatnonzero((self._size > 0) & (self._used_in < self.clock.round))
         sizes = self._size[slots].astype(np.int64)
         if sizes.sum() < excess:

@@ -53,10 +53,14 @@ def places(stream: np.ndarray, size: np.ndarray, streams: int, kept: np.ndarray 
     Of these only the tokens that `kept` (bool `[N, max_size]`) marks get a place, if it is given.
     """
     of = np.repeat(stream, size)
-    wanted = np.ones(len(of), dtype=bool) if kept is None else kept[np.arange(kept.shape[1]) < size[:, None]]
-    per_stream = np.bincount(of[wanted], minlength=streams)
+    wanted = None if kept is None else kept[np.arange(kept.shape[1]) < size[:, None]]
+    taken = of if wanted is None else of[wanted]
+    per_stream = np.bincount(taken, minlength=streams)
     width = int(per_stream.max())
-    row = np.full(len(of), -1, dtype=np.int64)
     before = np.arange(streams) * width - (np.cumsum(per_stream) - per_stream)
-    row[wanted] = np.arange(per_stream.sum()) + before[of[wanted]]
+    place = np.arange(len(taken)) + before[taken]
+    if wanted is None:
+        return Places(place, width)
+    row = np.full(len(of), -1, dtype=np.int64)
+    row[wanted] = place
     return Places(row, width)

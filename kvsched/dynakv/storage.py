@@ -201,7 +201,7 @@ class ClusterStorage:
             self.begin()
             part = slice(start, max(start + 1, int(np.searchsorted(ends, done + self.table.capacity, side="right"))))
             slots = self.fetch(addresses[part], sizes[part])
-            there = self.arena.rows(*places(slots, np.zeros_like(slots), sizes[part]))
+            there = self.arena.rows_of(slots, sizes[part])
             data[row[done : done + len(there)]] = self.arena.data[there]
             start, done = part.stop, done + len(there)
         return self._to_tensor(entries[:-1]), position[:-1].copy()
@@ -215,14 +215,15 @@ class ClusterStorage:
         if self._extra_owners:
             first = np.sort(np.unique(addresses, return_index=True)[1])
             addresses, sizes = addresses[first], sizes[first]
-        away = np.flatnonzero(self.table.slot_of(addresses) < 0)
+        away = np.flatnonzero(~self.table.holds(addresses))
+        if len(away) == 0:
+            return
         needs = self._needs(sizes[away] * self.entry_bytes)
         away = away[: next(self._parts(needs, len(self.ahead.buffer.memory)), slice(0)).stop]
         with self._failing():
             self.ahead.give_up(self.flash)
-            if len(away):
-                transfer, placed = self._start_reading(self.ahead.buffer, addresses[away], sizes[away])
-                self.ahead.start(transfer, addresses[away], placed)
+            transfer, placed = self._start_reading(self.ahead.buffer, addresses[away], sizes[away])
+            self.ahead.start(transfer, addresses[away], placed)
 
     def create(
         self,
@@ -312,9 +313,14 @@ class ClusterStorage:
         self._unfit = True
         return addresses
 
+    @property
+    def complete(self) -> bool:
+        """Whether all clusters are in DRAM."""
+        return self.table.clusters == self.pools.used
+
     def resident(self, addresses: np.ndarray) -> np.ndarray:
         """bool: which clusters can be used without reading."""
-        return self.table.slot_of(addresses) >= 0
+        return self.table.holds(addresses)
 
     def share(self, addresses: np.ndarray) -> None:
         """Give clusters one more owner for each time that they are named: as often more they have to be freed."""
@@ -457,6 +463,9 @@ class ClusterStorage:
         self._evict(self.table.make_room(0))
         slots = self.table.residents()
         self.arena.shrink(self.table.capacity, slots, self.table.size(slots))
+        if self.table.sparse:
+            self.arena.renumber(self.table.renumber())
+            self._unfit = True
 
     def _reserve(self) -> None:
         """Have room on flash for all places, in steps, so that the device cannot turn out full later."""

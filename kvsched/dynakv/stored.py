@@ -47,6 +47,11 @@ class StoredClusters:
         """bool `[N]`: which clusters can be used without reading."""
         return self._to_device(self.storage.resident(to_host(self.index.address[stream, cluster])))
 
+    def in_dram(self) -> torch.Tensor:
+        """bool `[S, C]`: which clusters can be used without reading; anything where there is none."""
+        index = self.index
+        return self._to_device(self.storage.resident(index.address[:, : index.width].cpu().numpy()))
+
     def fetch(self, stream: torch.Tensor, cluster: torch.Tensor) -> torch.Tensor:
         """The arena slots of clusters, int64 `[N]`, good until the next round of the storage."""
         address, size = self.index.address[stream, cluster], self.index.size[stream, cluster]
