@@ -17,6 +17,9 @@ ROW_TABLES = 6
 """Bytes beside its entry that a row takes: its number while it is free, and two flags."""
 
 
+_SLOTS_AT_ONCE = 4096
+
+
 class Arena:
     """Rows for `rows` entries of `entry_bytes` each, given to slots of up to `largest` entries.
 
@@ -105,15 +108,14 @@ class Arena:
 
     def shrink(self, limit: int, slots: np.ndarray, sizes: np.ndarray) -> None:
         """Give the memory of rows from `limit` on back; what `slots` (all there are) hold there moves below."""
-        slot, offset = places(slots, np.zeros_like(sizes), sizes)
-        rows = self._table[slot, offset]
-        above = rows >= limit
+        slot, offset = self._above(limit, slots, sizes)
+        source = self._table[slot, offset]
         free = self._free[: self._free_count]
         below = free[free < limit]
-        source, target = rows[above], below[len(below) - int(above.sum()) :]
+        target = below[len(below) - len(source) :]
         self.data[target] = self.data[source]
         self.clean[target], self.stored[target] = self.clean[source], self.stored[source]
-        self._table[slot[above], offset[above]] = target
+        self._table[slot, offset] = target
         below = below[: len(below) - len(target)]
         self._free[: len(below)], self._free_count = below, len(below)
         self.limit = limit
@@ -121,6 +123,17 @@ class Arena:
         first = -(-limit * self.data.itemsize // mmap.PAGESIZE) * mmap.PAGESIZE
         if len(self._memory) > first:
             self._memory.madvise(mmap.MADV_DONTNEED, first, len(self._memory) - first)
+
+    def _above(self, limit: int, slots: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Slot and offset of what lies in rows from `limit` on; some slots at a time, so that it takes no memory."""
+        offset, found = np.arange(self._table.shape[1]), [(slots[:0], slots[:0])]
+        for start in range(0, len(slots), _SLOTS_AT_ONCE):
+            some = slots[start : start + _SLOTS_AT_ONCE]
+            inside = offset < sizes[start : start + _SLOTS_AT_ONCE, None]
+            nth, at = ((self._table[some] >= limit) & inside).nonzero()
+            found.append((some[nth], at))
+        slot, at = (np.concatenate(parts) for parts in zip(*found, strict=True))
+        return slot, at
 
     def grow(self, limit: int) -> int:
         """Use rows up to `limit` again, or as many as there are; returns the new limit."""

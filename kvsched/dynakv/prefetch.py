@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .engine import Transfer
-from .flash import Buffer, FlashFile
+from .flash import FlashFile
 
 
 @dataclass(frozen=True)
@@ -41,10 +41,9 @@ class AheadCounters:
 
 
 class Ahead:
-    """One batch of clusters on their way into a buffer of their own."""
+    """One batch of clusters on their way into the buffer for reads, taken until they arrived or are given up."""
 
-    def __init__(self, buffer: Buffer) -> None:
-        self.buffer = buffer
+    def __init__(self) -> None:
         self.counters = AheadCounters()
         self._transfer: Transfer | None = None
         self._index: dict[int, int] = {}

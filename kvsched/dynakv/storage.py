@@ -30,10 +30,10 @@ from .residency import ClusterAligned, Evicted, PerAddress, Residency
 from .runs import WASTE, Runs, merge
 from .snapshot import Saved, save
 
-BUFFER_SHARE = 1 / 16
-"""Share of the budget for each of the three buffers (reads, reads ahead, writes), up to `LARGEST_BUFFER`."""
+BUFFER_SHARE = 1 / 32
+"""Share of the budget for each of the two buffers (reads, writes), up to `LARGEST_BUFFER`."""
 
-LARGEST_BUFFER = 4 << 20
+LARGEST_BUFFER = 1 << 20
 """Bytes that keep the device busy while the next batch is put together."""
 
 UNCOUNTED = 1 / 32
@@ -72,6 +72,7 @@ class ClusterStorage:
         self._spent: dict[str, int] = {}
         self._failed: FlashError | None = None
         self._unfit = False
+        self._tables_of_slots = 0
         # Owners of a cluster beyond the first, and the sum of them.
         self._owners, self._extra_owners = PerAddress(np.int16, 0), 0
         self._writing: Transfer | None = None
@@ -100,20 +101,20 @@ class ClusterStorage:
         buffer = max(least, int(min(self._dram * BUFFER_SHARE, LARGEST_BUFFER)) // PAGE * PAGE)
         row = self.entry_bytes + ROW_TABLES
         self._least_rows = 2 * self._largest
-        if self._dram * (1 - UNCOUNTED) < 3 * buffer + self._least_rows * row:
-            enough = (3 * least + self._least_rows * row) / (1 - UNCOUNTED - 3 * BUFFER_SHARE)
+        if self._dram * (1 - UNCOUNTED) < 2 * buffer + self._least_rows * row:
+            enough = (2 * least + self._least_rows * row) / (1 - UNCOUNTED - 2 * BUFFER_SHARE)
             raise ConfigError(
                 f"dram={self._dram} bytes is less than two clusters and the buffers that bring them take. Set it to "
                 f"{math.ceil(enough)} bytes or more."
             )
-        self._shared = 3 * buffer + int(self._dram * UNCOUNTED)
+        self._shared = 2 * buffer + int(self._dram * UNCOUNTED)
         # Sectors hold several entries, or entries several sectors, or neither: then pools share sectors.
         grain = sector // math.gcd(sector, self.entry_bytes)
         self.pools = Pools(self._largest, grain if grain <= 4 else 1)
         self.arena = Arena((self._dram - self._shared) // row, self._largest, width * dtype.itemsize)
         self.residency = Residency(self.arena.limit, ClusterAligned(), self.entry_bytes)
         self._reader, self._writer = Buffer(buffer), Buffer(buffer)
-        self.ahead = Ahead(Buffer(buffer))
+        self.ahead = Ahead()
         self._step_bytes = math.gcd(self.entry_bytes, sector)
 
     @property
@@ -177,6 +178,7 @@ class ClusterStorage:
         if (missing := slots < 0).any():
             slots[missing] = self.table.enter(addresses[missing], sizes[missing])
             self._load(addresses[missing], sizes[missing], slots[missing])
+            self._unfit |= self.arena.nbytes + self.table.nbytes > self._tables_of_slots
         return slots
 
     def gather(
@@ -209,8 +211,8 @@ class ClusterStorage:
     def prefetch(self, addresses: np.ndarray, sizes: np.ndarray) -> None:
         """Start reading clusters that may be asked for next, as many as the buffer takes; nothing waits for them.
 
-        What an earlier call brought and nobody asked for is given up. Clusters may be fetched, changed or freed
-        meanwhile: what was read ahead of that is never used.
+        What an earlier call brought is given up when the buffer is wanted, by another or by a read. Clusters may be
+        fetched, changed or freed meanwhile: what was read ahead of that is never used.
         """
         if self._extra_owners:
             first = np.sort(np.unique(addresses, return_index=True)[1])
@@ -219,10 +221,10 @@ class ClusterStorage:
         if len(away) == 0:
             return
         needs = self._needs(sizes[away] * self.entry_bytes)
-        away = away[: next(self._parts(needs, len(self.ahead.buffer.memory)), slice(0)).stop]
+        away = away[: next(self._parts(needs, len(self._reader.memory)), slice(0)).stop]
         with self._failing():
             self.ahead.give_up(self.flash)
-            transfer, placed = self._start_reading(self.ahead.buffer, addresses[away], sizes[away])
+            transfer, placed = self._start_reading(addresses[away], sizes[away])
             self.ahead.start(transfer, addresses[away], placed)
 
     def create(
@@ -452,6 +454,7 @@ class ClusterStorage:
         Only at the start of a round, when no slot is in use.
         """
         self._unfit = False
+        self._tables_of_slots = self.arena.nbytes + self.table.nbytes
         tables = self.table_bytes - ROW_TABLES * self.arena.limit
         row = self.entry_bytes + ROW_TABLES
         rows = max(self._least_rows, (self._dram - self._shared - tables - sum(self._spent.values())) // row)
@@ -486,17 +489,19 @@ class ClusterStorage:
         with self._failing():
             here, placed = self.ahead.take(addresses, self.flash)
             if placed is not None:
-                self._unpack(self.ahead.buffer, placed, slots[here])
+                self._unpack(placed, slots[here])
             addresses, sizes, slots = addresses[~here], sizes[~here], slots[~here]
+            if len(addresses):
+                self.ahead.give_up(self.flash)  # the buffer is wanted for these
             order = np.argsort(self.pools.where(addresses)[0])
             for part in self._parts(self._needs(sizes[order] * self.entry_bytes), len(self._reader.memory)):
                 some = order[part]
-                transfer, placed = self._start_reading(self._reader, addresses[some], sizes[some])
+                transfer, placed = self._start_reading(addresses[some], sizes[some])
                 self.flash.wait(transfer)
-                self._unpack(self._reader, placed, slots[some])
+                self._unpack(placed, slots[some])
         self.read_seconds += time.perf_counter() - started
 
-    def _start_reading(self, buffer: Buffer, addresses: np.ndarray, sizes: np.ndarray) -> tuple[Transfer, Placed]:
+    def _start_reading(self, addresses: np.ndarray, sizes: np.ndarray) -> tuple[Transfer, Placed]:
         origin, step = self.pools.where(addresses)
         backwards = np.where(step < 0, sizes - 1, 0)
         runs = merge((origin - backwards) * self.entry_bytes, sizes * self.entry_bytes, self.flash.alignment)
@@ -504,17 +509,17 @@ class ClusterStorage:
         if self.on_read is not None:
             for i, nbytes in enumerate(runs.length.tolist()):
                 self.on_read(nbytes, addresses[runs.run == i])
-        transfer = self.flash.read(_requests(runs, buffer))
+        transfer = self.flash.read(_requests(runs, self._reader))
         self.entries_read += int(sizes.sum())
         return transfer, Placed(runs.at + backwards * self.entry_bytes, step * self.entry_bytes, sizes)
 
-    def _unpack(self, buffer: Buffer, placed: Placed, slots: np.ndarray) -> None:
-        """Copy entries from a buffer to rows of their own."""
+    def _unpack(self, placed: Placed, slots: np.ndarray) -> None:
+        """Copy entries that were read to rows of their own."""
         none = np.zeros_like(placed.sizes)
         rows = self.arena.take(slots, none, placed.sizes)
         cluster, offset = places(np.arange(len(slots)), none, placed.sizes)
         at = placed.first[cluster] + placed.step[cluster] * offset
-        self.arena.data[rows] = self._entries_of(buffer)[at // self._step_bytes]
+        self.arena.data[rows] = self._entries_of(self._reader)[at // self._step_bytes]
         self.arena.clean[rows] = self.arena.stored[rows] = True
 
     def _write_back(self, slots: np.ndarray, addresses: np.ndarray, sizes: np.ndarray) -> None:

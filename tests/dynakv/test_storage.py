@@ -281,18 +281,18 @@ def test_appends_and_splits_write_little_again(recorded):
 def test_what_is_read_ahead_is_not_read_again(recorded):
     record = recorded(128, torch.float32, 2 << 20)
     record.create([4] * 2000)
-    wanted = record.away(30)
+    wanted = record.away(15)
     record.storage.prefetch(np.array(wanted), record.sizes(wanted))
     told = []
     record.storage.on_read = lambda nbytes, brought: told.append(brought)
-    record.check(wanted[:10])
-    record.free(wanted[10:20])
-    again = record.create([4] * 10)  # they take the addresses that were freed
+    record.check(wanted[:5])
+    record.free(wanted[5:10])
+    again = record.create([4] * 5)  # they take the addresses that were freed
     record.check(again)
-    record.check(wanted[20:])
+    record.check(wanted[10:])
     assert told == []
     counters = record.storage.ahead.counters
-    assert (counters.clusters, counters.used) == (30, 20)
+    assert (counters.clusters, counters.used) == (15, 10)
     assert counters.waited >= 0 and counters.seconds > 0
 
 
