@@ -28,7 +28,7 @@ from kvsched import DynaKVConfig
 from kvsched.replay import Outcome, Row, replay
 from kvsched.trace import Trace, record
 
-from .dynakv_layers import Tiled, memory, step_latency
+from .dynakv_layers import Tiled, dram_bytes, memory, step_latency
 from .dynakv_plots import draw
 from .dynakv_verdicts import verdicts
 from .flash_bench import storage
@@ -36,7 +36,7 @@ from .machine import keep
 
 POLICIES = ("dynakv", "static", "local", "token-topk")
 BUDGETS = (64, 128, 256, 512)
-CLUSTER_SIZES = (2.0, 2.75, 4.0, 8.0, 16.0)
+CLUSTER_SIZES = (2.0, 2.75, 4.0, 8.0, 16.0, 25.0)
 TRACE_TOKENS, TRACE_PROMPT = 9216, 1024
 TRACE = Path(tempfile.gettempdir()) / "kvsched-dynakv-trace.safetensors"
 OUT = Path("evals/results/dynakv.json")
@@ -51,18 +51,25 @@ def recorded(path: Path) -> Trace:
     return Trace.open(path)
 
 
-def quality(trace: Trace, layers: Sequence[int], budget: int, every: int) -> dict[str, Any]:
-    """Recall and error of each policy at several budgets, and DynaKV's by the size of its index."""
+def quality(trace: Trace, layers: Sequence[int], budget: int, every: int, dram: int) -> dict[str, Any]:
+    """Recall and error of each policy at several budgets, and DynaKV's by the size of its index.
+
+    DRAM holds everything, but for `on_flash`: there it has `dram` bytes.
+    """
 
     def outcome(policy: str, **options: Any) -> dict[str, Any]:
-        return _summary(replay(trace, DynaKVConfig(policy=policy, dram="1GiB", **options), layers, every))
+        return _summary(replay(trace, DynaKVConfig(policy=policy, **{"dram": "1GiB"} | options), layers, every))
 
     compared = [policy for policy in POLICIES if policy != "token-topk"]
     budgets = sorted({*BUDGETS, budget})
     return {
         "layers": list(layers),
         "budgets": {policy: {str(tokens): outcome(policy, budget=tokens) for tokens in budgets} for policy in compared},
-        "cluster_sizes": {str(size): outcome("dynakv", budget=budget, cluster_size=size) for size in CLUSTER_SIZES},
+        "on_flash": outcome("dynakv", budget=budget, dram=dram),
+        "cluster_sizes": {
+            str(size): outcome("dynakv", budget=budget, cluster_size=size, max_cluster_size=max(16, int(3 * size)))
+            for size in CLUSTER_SIZES
+        },
     }
 
 
@@ -141,13 +148,13 @@ def main(
     """Measure DynaKV's targets and write results, verdicts and pictures."""
     source = recorded(trace)
     tiled, each = Tiled.of(source, layers), sorted(int(context) for context in contexts.split(","))
-    dram_bytes = max(16 << 20, int(dram * tiled.kv_bytes(each[-1])))
+    room = max(16 << 20, dram_bytes(dram, tiled, each[-1]))
     sections: dict[str, Callable[[], Any]] = {
         "steps": lambda: step_latency(tiled, POLICIES, each, directory, dram, budget, steps),
         "storage": lambda: storage(source, list(tiled.layers), directory, budget),
-        "memory": lambda: memory(trace, layers, each, directory, dram_bytes, budget),
+        "memory": lambda: memory(trace, layers, each, directory, room, budget),
         "model": lambda: model_steps(source, each, directory, steps // 2),
-        "quality": lambda: quality(source, list(tiled.layers), budget, every),
+        "quality": lambda: quality(source, list(tiled.layers), budget, every, dram_bytes(dram, tiled, source.tokens)),
     }
     settings = {
         "trace": {"model": Path(source.model).name, "tokens": source.tokens, "layers": list(tiled.layers)},

@@ -104,6 +104,11 @@ class Decoded:
         return self.storage.arena_bytes + self.storage.table_bytes + layers
 
 
+def dram_bytes(share: float, trace: Tiled, context: int) -> int:
+    """`share` of the bytes of keys and values, and a mebibyte at least."""
+    return max(1 << 20, int(share * trace.kv_bytes(context)))
+
+
 def _unanswered(module: Any, query: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, None]:
     return query, None  # the answer to a prompt is nobody's concern here
 
@@ -131,7 +136,7 @@ def step_latency(
     """
     found: dict[str, dict[str, Any]] = {}
     for context in contexts:
-        dram = {policy: max(1 << 20, int(share * trace.kv_bytes(context))) for policy in policies}
+        dram = dict.fromkeys(policies, dram_bytes(share, trace, context))
         if "token-topk" in dram:  # it holds all keys, for which this budget is not made
             dram["token-topk"] += trace.kv_bytes(context) // 2
         decoded = {policy: Decoded(trace, policy, directory, dram[policy], budget) for policy in policies}

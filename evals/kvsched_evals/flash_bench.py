@@ -43,6 +43,9 @@ POLICIES: dict[str, Callable[[], Policy]] = {
 MEAN = 3.0
 """Tokens in a cluster, on average."""
 
+MEANS = (3.0, 8.0, 16.0, 25.0, 40.0)
+"""Others to compare with: the paper's clusters have 25 in a read."""
+
 THREADS = 8
 """Reads in flight, where the kernel does not take all at once."""
 
@@ -97,6 +100,23 @@ def read_head(layer: LayerTrace, head: int, prompt: int, steps: int, mean: float
         [row.nonzero()[:, 0].numpy() for row in retrieved(queries[:, later])],
         torch.cdist(keys[later], centroid).argmin(1).numpy(),
     )
+
+
+def clustered(
+    trace: Trace, numbers: Sequence[int], budget: int, prompt: int, steps: int, mean: float
+) -> tuple[list[list[Head]], int]:
+    """All heads of some layers by `read_head`, and the bytes of an entry."""
+    heads: list[list[Head]] = []
+    for number in tqdm(numbers, desc="clustering", file=sys.stderr):
+        layer = trace.layer(number)
+        each = range(trace.kv_heads)
+        heads.append([read_head(layer, head, prompt, steps, mean, budget, trace.scaling) for head in each])
+    return heads, 2 * layer.keys.shape[2] * layer.keys.dtype.itemsize
+
+
+def held(layers: list[list[Head]]) -> int:
+    """Entries of all heads."""
+    return sum(len(head.label) for heads in layers for head in heads)
 
 
 def accesses(layers: list[list[Head]], steps: int) -> list[Access]:
@@ -212,6 +232,26 @@ def time_layouts(
         file.close()
 
 
+def granularity(
+    trace: Trace, numbers: Sequence[int], budget: int, prompt: int, steps: int, share: float, sector: int
+) -> dict[str, dict[str, float]]:
+    """What reads bring in co-retrieval order, by the mean tokens of a cluster, with `share` of the clusters in DRAM."""
+    found = {}
+    for mean in tqdm(MEANS, desc="cluster sizes", file=sys.stderr):
+        heads, entry = clustered(trace, numbers, budget, prompt, steps, mean)
+        asked = accesses(heads, steps)
+        capacity = max(int(share * held(heads)), int(max(access.sizes.sum() for access in asked)))
+        places, away = layouts(heads)["co_retrieved"], missing(asked, capacity, steps // 4)
+        plan = [reads_of(places, wanted, entry, sector, WASTE) for wanted in away if len(wanted)]
+        reads, nbytes = sum(len(offset) for offset, _, _ in plan), sum(nbytes for _, _, nbytes in plan)
+        found[str(mean)] = {
+            "reads_a_layer_and_step": reads / len(away),
+            "entries_a_read": nbytes / entry / max(1, reads),
+            "bytes_read_over_missing": float(sum(length.sum() for _, length, _ in plan) / max(1, nbytes)),
+        }
+    return found
+
+
 def moved(heads: list[Head], steps: int, entry: int, directory: Path) -> dict[str, float]:
     """Bytes written again by appends and splits, in dual-head pools and where clusters are kept packed."""
     largest = 2 * max(int(head.sizes.max()) for head in heads)
@@ -262,7 +302,7 @@ def storage(
     numbers: Sequence[int],
     directory: Path,
     budget: int,
-    prompt: int = 4096,
+    prompt: int = 8192,
     steps: int = 256,
     shares: Sequence[float] = (0.05, 0.1, 0.2, 0.4),
     repeats: int = 5,
@@ -278,14 +318,9 @@ def storage(
         repeats: of each timing.
     """
     prompt = min(prompt, trace.tokens - steps)
-    heads: list[list[Head]] = []
-    for number in tqdm(numbers, desc="clustering", file=sys.stderr):
-        layer = trace.layer(number)
-        each = range(trace.kv_heads)
-        heads.append([read_head(layer, head, prompt, steps, MEAN, budget, trace.scaling) for head in each])
-    entry = 2 * layer.keys.shape[2] * layer.keys.dtype.itemsize
+    heads, entry = clustered(trace, numbers, budget, prompt, steps, MEAN)
     asked = accesses(heads, steps)
-    total = sum(len(head.label) for of in heads for head in of)
+    total = held(heads)
     skip = steps // 4
     found: dict[str, Any] = {}
     for share in shares:
@@ -295,11 +330,13 @@ def storage(
         away = missing(asked, capacity, skip)
         measured = time_layouts(heads, away, entry, directory, THREADS, repeats)
         found[str(share)] = {"capacity_entries": capacity, "hit_rate": hit, "layouts": measured}
+    sector = measured["direct"]["alignment"]
     return {
         "prompt": prompt,
         "steps": steps,
         "clusters": sum(len(head.sizes) for of in heads for head in of),
         "entry_bytes": entry,
         "dram": found,
+        "cluster_sizes": granularity(trace, numbers, budget, prompt, steps, shares[0], sector),
         "moved": moved([head for of in heads for head in of], steps, entry, directory),
     }

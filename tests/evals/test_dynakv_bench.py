@@ -50,7 +50,7 @@ def test_what_steps_count(trace, tmp_path):
 
 
 def test_the_summary_of_a_replay(trace):
-    found = dynakv_bench.quality(trace, [0], 32, 16)
+    found = dynakv_bench.quality(trace, [0], 32, 16, 1 << 20)
     ours = found["budgets"]["dynakv"]["32"]
     assert 0 < ours["worst_head"] <= ours["share_of_exact"] <= 1
     assert found["budgets"]["dynakv"]["512"]["recall"] > ours["recall"]
@@ -69,13 +69,18 @@ def result(factor: float) -> dict:
     return {
         "quality": {
             "budgets": {name: {"256": quality | {"recall": 0.9 if name == "dynakv" else 0.7}} for name in others},
+            "on_flash": quality,
             "cluster_sizes": {"2.75": quality},
         },
         "steps": {
             "4096": {"policies": steps, "page_cache_bypassed": True, "kernel_bytes_over_bytes_read": 1.0},
         },
         "memory": {"dram": 100, "samples": [[1024, 50, 40], [2048, 100 * factor, 90]]},
-        "storage": {"moved": {"packed_over_pools": 1100 / factor}, "dram": {"0.1": {"hit_rate": hits}}},
+        "storage": {
+            "moved": {"packed_over_pools": 1100 / factor},
+            "dram": {"0.1": {"hit_rate": hits}},
+            "cluster_sizes": {"3.0": step, "25.0": step | {"bytes_read_over_missing": 1.1}},
+        },
         "model": {
             context: {"median_seconds": {"dynakv": a * factor, "dynamic": b}, "dynakv_over_dynamic": a * factor / b}
             for context, (a, b) in model.items()

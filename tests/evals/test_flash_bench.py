@@ -33,6 +33,8 @@ def test_what_it_counts(tmp_path):
     file.close()
     assert all(row["bytes_read_over_missing"] >= 1 for row in layouts.values())
     assert result["moved"]["packed_over_pools"] > 1
+    sizes = result["cluster_sizes"]
+    assert sizes["8.0"]["entries_a_read"] > 2 * sizes["3.0"]["entries_a_read"]
 
 
 def test_every_layout_has_each_entry_once_and_orders_clusters_as_it_says():
