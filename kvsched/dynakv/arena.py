@@ -135,13 +135,12 @@ class Arena:
         slot, at = (np.concatenate(parts) for parts in zip(*found, strict=True))
         return slot, at
 
-    def grow(self, limit: int) -> int:
-        """Use rows up to `limit` again, or as many as there are; returns the new limit."""
+    def grow(self, limit: int) -> None:
+        """Use rows up to `limit` again, or as many as there are."""
         more = np.arange(min(limit, len(self.data)) - 1, self.limit - 1, -1, dtype=np.int32)
         free = np.concatenate([more, self._free[: self._free_count]])
         self._free[: len(free)], self._free_count = free, len(free)
         self.limit += len(more)
-        return self.limit
 
     def renumber(self, slots: np.ndarray) -> None:
         """Keep `slots` alone, as the first in this order."""

@@ -459,13 +459,16 @@ class ClusterStorage:
         row = self.entry_bytes + ROW_TABLES
         rows = max(self._least_rows, (self._dram - self._shared - tables - sum(self._spent.values())) // row)
         if rows >= self.table.capacity:
-            self.table.capacity = self.arena.grow(rows)
+            if rows > self.arena.limit:
+                self.arena.grow(rows)
+            self.table.capacity = min(rows, self.arena.limit)
             return
         # A little more than needed, so that it is not done for every new cluster.
         self.table.capacity = max(self._least_rows, rows - rows // 32)
         self._evict(self.table.make_room(0))
-        slots = self.table.residents()
-        self.arena.shrink(self.table.capacity, slots, self.table.size(slots))
+        if self.arena.touched > self.table.capacity:
+            slots = self.table.residents()
+            self.arena.shrink(self.table.capacity, slots, self.table.size(slots))
         if self.table.sparse:
             self.arena.renumber(self.table.renumber())
             self._unfit = True
