@@ -125,7 +125,7 @@ class DynaKV(Policy):
     ordered = True
     estimated = 1.0
     corrects = True
-    patience = 0.005
+    patience = 0.01
 
     def forms(self, dim: int, value_dim: int) -> Mapping[str, tuple[int, int]]:
         return {"key": (dim, 4), "value": (value_dim, 2)}
