@@ -42,7 +42,7 @@ _MIN_GAIN = 0.1
 _MAX_PLANS = 100
 # Seconds that computing waits for an unknown link to show itself, in all and after its first bytes: on a fast one it
 # would only take the processor from the stream.
-_FIRST_LOOK = 0.25, 0.04
+_FIRST_LOOK = 0.25, 0.1
 _MIN_PATIENCE = 1.0  # seconds; what a sound link may well be silent for
 
 
@@ -158,7 +158,7 @@ class Loader:
     def _look_at_link(self) -> None:
         deadline = self._begin + _FIRST_LOOK[0]
         with self.progress.changed:
-            while (now := time.monotonic()) < deadline and self.link_rate.goodput(now) is None:
+            while (now := time.monotonic()) < deadline and not self.link_rate.is_settled:
                 if self.link_rate.latency and deadline > now + _FIRST_LOOK[1]:
                     deadline = now + _FIRST_LOOK[1]
                 if self.progress.link_error is not None:
