@@ -220,8 +220,8 @@ class ClusterStorage:
         away = np.flatnonzero(~self.table.holds(addresses))
         if len(away) == 0:
             return
-        needs = self._needs(sizes[away] * self.entry_bytes)
-        away = away[: next(self._parts(needs, len(self._reader.memory)), slice(0)).stop]
+        start, length, _ = self._stretches(addresses[away], sizes[away])
+        away = away[: next(self._parts(self._needs(start, length), len(self._reader.memory))).stop]
         with self._failing():
             self.ahead.give_up(self.flash)
             transfer, placed = self._start_reading(addresses[away], sizes[away])
@@ -496,8 +496,9 @@ class ClusterStorage:
             addresses, sizes, slots = addresses[~here], sizes[~here], slots[~here]
             if len(addresses):
                 self.ahead.give_up(self.flash)  # the buffer is wanted for these
-            order = np.argsort(self.pools.where(addresses)[0])
-            for part in self._parts(self._needs(sizes[order] * self.entry_bytes), len(self._reader.memory)):
+            start, length, _ = self._stretches(addresses, sizes)
+            order = np.argsort(start)
+            for part in self._parts(self._needs(start, length)[order], len(self._reader.memory)):
                 some = order[part]
                 transfer, placed = self._start_reading(addresses[some], sizes[some])
                 self.flash.wait(transfer)
@@ -505,16 +506,15 @@ class ClusterStorage:
         self.read_seconds += time.perf_counter() - started
 
     def _start_reading(self, addresses: np.ndarray, sizes: np.ndarray) -> tuple[Transfer, Placed]:
-        origin, step = self.pools.where(addresses)
-        backwards = np.where(step < 0, sizes - 1, 0)
-        runs = merge((origin - backwards) * self.entry_bytes, sizes * self.entry_bytes, self.flash.alignment)
+        start, length, placed = self._stretches(addresses, sizes)
+        runs = merge(start, length, self.flash.alignment)
         self._finish_writes(runs.offset, runs.length)
         if self.on_read is not None:
             for i, nbytes in enumerate(runs.length.tolist()):
                 self.on_read(nbytes, addresses[runs.run == i])
         transfer = self.flash.read(_requests(runs, self._reader))
         self.entries_read += int(sizes.sum())
-        return transfer, Placed(runs.at + backwards * self.entry_bytes, step * self.entry_bytes, sizes)
+        return transfer, Placed(runs.at + placed.first, placed.step, sizes)
 
     def _unpack(self, placed: Placed, slots: np.ndarray) -> None:
         """Copy entries that were read to rows of their own."""
@@ -550,10 +550,11 @@ class ClusterStorage:
         pieces, nth = places(np.arange(len(begins)), np.zeros_like(count), -(-count // longest))
         begins = begins[pieces] + nth * longest
         count = np.diff(begins, append=len(place))
+        start, length = place[begins] * self.entry_bytes, count * self.entry_bytes
         with self._failing():
-            for part in self._parts(self._needs(count * self.entry_bytes), len(self._writer.memory)):
+            for part in self._parts(self._needs(start, length), len(self._writer.memory)):
                 some = slice(int(begins[part.start]), int(begins[part.stop - 1] + count[part.stop - 1]))
-                self._write(place[begins[part]] * self.entry_bytes, count[part] * self.entry_bytes, rows[some])
+                self._write(start[part], length[part], rows[some])
 
     def _write(self, start: np.ndarray, length: np.ndarray, rows: np.ndarray) -> None:
         """Start writing pieces of the file (bytes, ascending) that hold the entries of `rows` in turn."""
@@ -617,9 +618,18 @@ class ClusterStorage:
         raw = torch.from_numpy(entries[..., None].view(np.uint8))
         return raw.view(self.dtype)
 
-    def _needs(self, nbytes: np.ndarray) -> np.ndarray:
-        """Bytes of buffer that pieces of `nbytes` take at most: whole sectors, and gaps that are read through."""
-        return ((1 + WASTE) * nbytes).astype(np.int64) + 2 * self.flash.alignment
+    def _stretches(self, addresses: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray, Placed]:
+        """Where clusters lie in the file: the first byte of each and their bytes, and their entries from there on."""
+        origin, step = self.pools.where(addresses)
+        first = np.where(step < 0, sizes - 1, 0)
+        placed = Placed(first * self.entry_bytes, step * self.entry_bytes, sizes)
+        return (origin - first) * self.entry_bytes, sizes * self.entry_bytes, placed
+
+    def _needs(self, start: np.ndarray, length: np.ndarray) -> np.ndarray:
+        """Bytes of buffer that pieces of the file take at most: whole sectors, or gaps that are read through."""
+        sector = self.flash.alignment
+        whole = -(-(start + length) // sector) * sector - start // sector * sector
+        return np.maximum(whole, np.ceil((1 + WASTE) * length).astype(np.int64))
 
     @staticmethod
     def _parts(needs: np.ndarray, room: int) -> Iterator[slice]:
