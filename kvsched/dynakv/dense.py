@@ -10,7 +10,7 @@ import torch
 BATCH = 16
 """Tokens leave the window together, so that the work on clusters is done once for all of them."""
 
-WAITING = 64
+WAITING = 32
 """Tokens of a stream that may wait for their clusters before the fullest of these is loaded (B_max of Algorithm 1)."""
 
 

@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kvsched import DynaKVConfig
+from kvsched.dynakv.dense import WAITING
 from kvsched.dynakv.layer import DynaKVLayer
 from kvsched.dynakv.padding import real_tokens
 from kvsched.dynakv.storage import ClusterStorage
@@ -52,7 +53,7 @@ class Recorded:
         )
         if first:
             assert torch.equal(torch.cat(first[0], -1), self.entries)
-        elif new > 1:
+        elif new > 1 or self.layer.config.tokens_for(seen) >= seen:
             self.expect_exact(query, mask, output)
         return output
 
@@ -104,7 +105,7 @@ class Recorded:
             assert sorted(held) == real
             left_window = len(real) - int((dense[s, window:] >= 0).sum())
             assert [at for at in dense[s, :sinks].tolist() if at >= 0] == real[: min(sinks, left_window)]
-        assert ((dense[:, layer.dense.waiting] >= 0).sum(1) <= 64).all()
+        assert ((dense[:, layer.dense.waiting] >= 0).sum(1) <= WAITING).all()
 
         entries, present = self.read_back()
         assert torch.equal(present, self.real_entries())
@@ -232,6 +233,57 @@ def test_the_fullest_cluster_is_loaded_when_too_many_wait(new_storage):
     first.check()
 
 
+def test_a_step_reads_only_what_gains_enough(new_storage):
+    """What lies on flash is weighed against what it would displace, by a plain greedy choice beside it."""
+    first, _, storage = decoded(new_storage, DynaKVConfig(dram=16 * SLOT, **OPTIONS), steps=40)
+    decoder, index = first.layer.decoder, first.layer.clusters.index
+    draw, budget = torch.Generator().manual_seed(3), torch.tensor([[24], [17]])
+    reading = 0
+    for _ in range(10):
+        storage.begin()
+        here, size = first.layer.clusters.in_dram(), index.size[:, : index.width].long()
+        worth = torch.rand(size.shape, generator=draw).pow(4)
+        gain = []
+        for row, near, tokens, left in zip(worth, here, size, budget[:, 0].tolist(), strict=True):
+            left_out = 0.0
+            for cluster in row.argsort(descending=True).tolist():
+                if near[cluster] and 0 < tokens[cluster] <= left:
+                    left -= int(tokens[cluster])
+                elif near[cluster] and tokens[cluster]:
+                    left_out = max(left_out, float(row[cluster]))
+            gain.append(float(((row - left_out).clamp_min(0) * tokens)[~near].sum()) / 4)
+        decoder.policy.patience = max(gain) * 1.01 + 1e-6
+        near = decoder._near(worth, budget, heads=4)
+        assert here[near.stream, near.cluster].all() and (near.chosen * size).sum(1).le(budget[:, 0]).all()
+        if max(gain) > 0:
+            reading += 1
+            decoder.policy.patience = max(gain) * 0.99
+            assert decoder._near(worth, budget, heads=4) is None
+    assert reading > 5
+
+
+def test_a_budget_for_all_tokens_reads_them_however_little_they_gain(new_storage):
+    options = DynaKVConfig(dram=16 * SLOT, **{**OPTIONS, "budget": 1000})
+    record = Recorded(storage := new_storage(options), options, 1, 1)
+    record.feed(500)
+    record.layer.policy.patience = 1.0
+    for _ in range(20):
+        record.feed(1)  # which compares with attention over all
+    assert storage.flash.counters.reads > 0
+
+
+def test_slots_are_numbered_anew_when_few_are_left(new_storage):
+    options = DynaKVConfig(dram=64 * SLOT, **OPTIONS)
+    record = Recorded(storage := new_storage(options), options, 1, 1)
+    record.feed(600)
+    rows = storage.arena.nbytes
+    storage.spend("others", storage._dram - storage.arena_bytes // 2)
+    for _ in range(3):
+        record.feed(1)
+    assert storage.arena.nbytes < rows / 2
+    record.check()
+
+
 def test_copies_of_a_row_share_clusters_until_they_change_and_go_their_own_ways(new_storage):
     first, _, storage = decoded(new_storage, DynaKVConfig(dram=16 * SLOT, **OPTIONS), steps=20)
     held, counters = storage.pools.used, dataclasses.replace(storage.flash.counters)
@@ -287,7 +339,7 @@ def test_keys_shared_by_two_layers_are_taken_in_once(new_storage):
         key, value = record.layer.update(states[..., :DIM], states[..., DIM:])
         query = torch.randn(1, 2 * HEADS, 1, DIM)
         answers = [record.layer.attention(None, None, query, key, value, None)[0] for _ in range(2)]
-        assert torch.equal(*answers)
+        torch.testing.assert_close(*answers)  # the first may have brought tokens that waited into clusters
         assert record.layer.get_seq_length() == 61 + step
 
 
