@@ -18,6 +18,7 @@ ROW_TABLES = 6
 
 
 _SLOTS_AT_ONCE = 4096
+"""Slots that are looked at together when rows move, so that this takes no memory beside the budget."""
 
 
 class Arena:

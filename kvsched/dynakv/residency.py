@@ -176,7 +176,7 @@ class Evicted:
     sizes: np.ndarray
 
 
-NOBODY = Evicted(*[np.zeros(0, dtype=np.int64)] * 3)
+_NOBODY = Evicted(*[np.zeros(0, dtype=np.int64)] * 3)
 
 
 class Residency:
@@ -305,7 +305,7 @@ class Residency:
         """
         excess = self.used + entries - self.capacity
         if excess <= 0:
-            return NOBODY
+            return _NOBODY
         slots = np.flatnonzero((self._size > 0) & (self._used_in < self.clock.round))
         sizes = self._size[slots].astype(np.int64)
         if sizes.sum() < excess:
