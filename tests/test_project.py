@@ -76,6 +76,7 @@ def test_make_lists_its_targets() -> None:
         "setup",
         "model",
         "eval-data",
+        "kvpress",
         "demo",
         "test",
         "lint",

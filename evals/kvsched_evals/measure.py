@@ -17,12 +17,13 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.task import Task
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.cache_utils import Cache, QuantizedCache
+from transformers.cache_utils import Cache
 
 from kvsched import SparKVConfig, publish
 from kvsched.adapters.lm_eval import KVSchedLM
 from kvsched.dynakv.layer import DynaKVLayer
 from kvsched.errors import StoreError
+from kvsched.generation import CACHES
 from kvsched.sparkv.energy import EnergyMeter
 from kvsched.sparkv.forward import PrefixCache
 
@@ -105,8 +106,8 @@ class MeasuredLM(KVSchedLM):
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, variant: Variant, prompts: Prompts
     ) -> None:
         self.variant, self._prompts = variant, prompts
-        options = dict(variant.options)
-        if variant.policy is not None:
+        options, name = dict(variant.options), variant.cache if variant.cache in CACHES else "full"
+        if name.endswith("dynakv"):
             options["policy"] = variant.policy
         if variant.cache.startswith("sparkv"):  # all that is published is loaded: the codec's worst case
             self._store = tempfile.TemporaryDirectory()
@@ -116,15 +117,8 @@ class MeasuredLM(KVSchedLM):
                 "planner": "stream",
                 "stall_timeout": PATIENCE,
             }
-        name = "full" if variant.cache == "hf-quantized" else variant.cache
         super().__init__(model, name, options, tokenizer=tokenizer, batch_size=1)
         self.begin([])
-
-    def new_cache(self) -> Cache:
-        if self.variant.cache == "hf-quantized":
-            backend, _, bits = str(self.variant.codec).partition("-int")
-            return QuantizedCache(backend, self.model.config, **({"nbits": int(bits)} if bits else {}))
-        return super().new_cache()
 
     def begin(self, reference: list[int]) -> None:
         """Begin another question, which the full cache has answered with the tokens `reference`."""
@@ -135,24 +129,31 @@ class MeasuredLM(KVSchedLM):
         self._reference = reference
 
     def prefill(self, ids: torch.Tensor, mask: torch.Tensor) -> Cache:
+        prompt = self.prefilled(ids)
+        if self.cache.endswith("dynakv"):
+            self.cache_options["budget"] = self.budget
+        if self.cache.startswith("sparkv"):
+            return self._published(prompt, mask)
+        return self.taken(prompt)
+
+    def prefilled(self, ids: torch.Tensor) -> Prompt:
+        """The question's prompt, int64 `[1, n]` without its last token."""
         prompt, now = self._prompts.of(self.model, ids)
         self.shared_seconds += prompt.seconds if now else 0.0
         self.prefill_seconds, self.prompt_tokens = prompt.seconds, ids.shape[1] + 1
-        if self.variant.budget is not None:
-            self.cache_options["budget"] = round(self.variant.budget * self.prompt_tokens)
-        if self.variant.cache.startswith("sparkv"):
-            return self._published(prompt, mask)
-        return self._taken(prompt)
+        return prompt
 
-    def _taken(self, prompt: Prompt) -> Cache:
+    @property
+    def budget(self) -> int:
+        """Tokens of the prompt, beside sinks and recent ones, that take part in a step."""
+        assert self.variant.budget is not None
+        return round(self.variant.budget * self.prompt_tokens)
+
+    def taken(self, prompt: Prompt) -> Cache:
+        """A new cache that has taken a prompt in."""
         cache = self.new_cache()
         cache.activate_past_recording()
         return take(cache, prompt.cache)
-
-    def rewound(self, cache: Cache, tokens: int) -> Cache:
-        if self.variant.cache == "hf-quantized":  # which cannot be cropped
-            return self._taken(self._prompts.last)
-        return super().rewound(cache, tokens)
 
     def _published(self, prompt: Prompt, mask: torch.Tensor) -> Cache:
         """Published in nobody's time, into a store of its own, and loaded."""
@@ -186,15 +187,22 @@ class MeasuredLM(KVSchedLM):
     def _model_generate(
         self, context: torch.Tensor, max_length: int, stop: list[str], **generation_kwargs: Any
     ) -> torch.Tensor:
-        asked = {"return_dict_in_generate": True, "output_logits": True, **generation_kwargs}
-        generated: Any = super()._model_generate(context, max_length, stop, **asked)
-        begin, cache = time.perf_counter(), generated.past_key_values
+        sequences, logits, cache = self.decoded(context, max_length, stop, **generation_kwargs)
+        begin = time.perf_counter()
         self._weigh(cache)
-        self.answer = generated.sequences[0, context.shape[1] :].tolist()
-        logits = torch.cat(generated.logits)
+        self.answer = sequences[0, context.shape[1] :].tolist()
         self._read_reference(context, cache, torch.nn.functional.log_softmax(logits, dim=-1))
         self.measuring_seconds += time.perf_counter() - begin
-        return generated.sequences
+        return sequences
+
+    def decoded(
+        self, context: torch.Tensor, max_length: int, stop: list[str], **generation_kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor, Cache]:
+        """An answer: prompt and tokens `[1, n + t]`, logits `[t, vocabulary]` of these, and the cache, which has read
+        all tokens but the last."""
+        asked = {"return_dict_in_generate": True, "output_logits": True, **generation_kwargs}
+        generated: Any = super()._model_generate(context, max_length, stop, **asked)
+        return generated.sequences, torch.cat(generated.logits), generated.past_key_values
 
     def _read_reference(self, context: torch.Tensor, cache: Cache, log_probs: torch.Tensor) -> None:
         """Make the cache read what the full cache answered; up to the first different token it has done so already."""
@@ -204,15 +212,13 @@ class MeasuredLM(KVSchedLM):
         self.reading = Reading(tokens, [log_probs[:known].cpu()])
         if known == len(tokens):
             return
-        ahead = torch.tensor([tokens[known - 1 : -1]], device=context.device)
-        if self.variant.cache == "hf-quantized":  # which can only begin again
-            cache = self.rewound(cache, len(self.answer))
-            ahead = torch.cat([context[:, -1:], torch.tensor([tokens[:-1]], device=context.device)], dim=1)
-            self.reading.parts.clear()
-        else:
-            cache.crop(known - len(self.answer))
+        cache = self.rewound(cache, len(self.answer) - known)
+        prompt = context.shape[1] - 1
+        known = cache.get_seq_length() - prompt  # less than before where a cache can only begin again
+        self.reading.parts = [log_probs[:known].cpu()]
+        ahead = torch.cat([context[:, -1:], torch.tensor([tokens[:-1]], device=context.device)], dim=1)[:, known:]
         bytes_read, dram_bytes = self.bytes_read, self.dram_bytes
-        for _ in self.log_probs(cache, ahead, torch.ones(1, cache.get_seq_length() + ahead.shape[1], dtype=torch.long)):
+        for _ in self.log_probs(cache, ahead, torch.ones(1, prompt + len(tokens), dtype=torch.long)):
             pass
         self.bytes_read, self.dram_bytes = bytes_read, dram_bytes
 
@@ -220,7 +226,8 @@ class MeasuredLM(KVSchedLM):
         """What the cache has read and holds by now."""
         parts: list[Any] = [cache, getattr(cache, "prefix", None)]
         reports = [one.report() for one in parts if hasattr(one, "report")]
-        self.bytes_read = sum(getattr(one, "bytes_read", 0) + getattr(one, "bytes_streamed", 0) for one in reports)
+        names = ("bytes_read", "bytes_streamed", "bytes_refined")
+        self.bytes_read = sum(getattr(one, name, 0) for one in reports for name in names)
         held = [one.dram_bytes for one in reports if hasattr(one, "dram_bytes")]
         self.dram_bytes = sum(held) if held else sum(map(_held, cache.layers))
 

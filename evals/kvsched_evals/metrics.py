@@ -19,7 +19,7 @@ RESAMPLES, CONFIDENCE, SEED = 10_000, 0.95, 0
 NGRAM = 4  # words; what a text that has begun to repeat itself has few different ones of
 POINT = 0.01  # a score this much lower counts as the same, as does one within its standard error
 
-Key = tuple[str, int | None, int, str, str]
+Key = tuple[str, str, int | None, int, str, str]
 
 
 @dataclass(frozen=True)
@@ -146,12 +146,12 @@ def diversity(text: str) -> float | None:
     return len(set(runs)) / len(runs) if runs else None
 
 
-def by_position(questions: Iterable[Question], width: int) -> list[tuple[int, Mean]]:
-    """KL to the full cache as decoding goes on: positions in steps of `width` tokens, and the mean over questions."""
+def by_position(questions: Iterable[Sequence[float]], width: int) -> list[tuple[int, Mean]]:
+    """Numbers of each token as decoding goes on: positions in steps of `width` tokens, and the mean over questions."""
     bins: dict[int, list[float]] = defaultdict(list)
-    for one in questions:
-        for start in range(0, len(one.kl), width):
-            bins[start].append(float(np.mean(one.kl[start : start + width])))
+    for values in questions:
+        for start in range(0, len(values), width):
+            bins[start].append(float(np.mean(values[start : start + width])))
     return [(start, Mean.of(values)) for start, values in sorted(bins.items())]
 
 
@@ -177,4 +177,4 @@ def _mean(values: Sequence[float]) -> Mean | None:
 
 
 def _key(one: Question) -> Key:
-    return one.task, one.context, one.seed, one.question, one.metric
+    return one.suite, one.task, one.context, one.seed, one.question, one.metric

@@ -5,82 +5,41 @@ It takes what `kvsched eval run` writes, the rows of `kvsched trace replay --jso
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import numpy as np
-from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from kvsched.replay import ORACLE, Row
 
-from . import metrics, results
+from . import metrics
 from .metrics import Difference, Mean, Summary
 from .report_charts import Chart, Line, styles, svg
-from .results import ResultError
+from .report_inputs import CodecBenchmark, read_files
+from .results import Cell, Question, ResultError
 
-WIDTH = 16  # tokens of a long answer in one point of its divergence
+WIDTH = 16  # tokens of a long answer in one point over positions
 STEPS = 48  # points, at most, of a line over the steps of a replayed decode
 
 Shown = tuple[str, Callable[[Summary], str]]
 
 
-class _Measured(BaseModel):
-    mean: results.Finite
-
-
-class _Codec(BaseModel):
-    ratio: _Measured
-    kl: _Measured
-    top1: _Measured
-    decode_mb_s: _Measured
-
-
-class Machine(BaseModel):
-    """What `kvsched_evals.machine.describe` said."""
-
-    processor: str
-    cores: int
-    memory_gib: float
-    accelerator: str | None
-    versions: dict[str, str]
-    time: str
-
-
-class CodecBenchmark(BaseModel):
-    """What is read of the JSON that `make bench-codec` writes."""
-
-    command: str
-    machine: Machine
-    context_tokens: int
-    following_tokens: int
-    codecs: dict[str, _Codec]
-    runs: dict[str, list[Any]]
-
-
 @dataclass
 class Section:
-    """A part of the report: charts, then a table."""
+    """A part of the report: charts, then a table; `level` is that of its heading."""
 
     title: str
     note: str
     columns: Sequence[str]
     rows: list[list[str]]
     charts: list[Chart] = field(default_factory=list)
+    level: int = 2
     drawn: list[str] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Input:
-    """What was read from all files: finished runs, rows of replays, and codec benchmarks."""
-
-    runs: list[results.Results]
-    rows: list[Row]
-    codecs: list[CodecBenchmark]
 
 
 def write(files: Sequence[Path], out: Path) -> str:
@@ -90,14 +49,14 @@ def write(files: Sequence[Path], out: Path) -> str:
         ResultError: a file is unfinished, damaged, of another version or no result; or `out` cannot be written.
     """
     read = read_files(files)
-    sections = [*_tasks(read.runs), *_drift(read.runs), *_replays(read.rows), *map(_codec, read.codecs)]
+    sections = [*quality(read.questions), *_replays(read.rows), *map(_codec, read.codecs)]
     style = styles([line.label for section in sections for chart in section.charts for line in chart.lines])
     for section in sections:
         section.drawn = [svg(chart, style) for chart in section.charts]
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
     page = environment.get_template("report.html.jinja").render(
-        title="kvsched: quality and cost", sources=_sources(read), sections=sections
+        title="kvsched: quality and cost", sources=read.sources(), sections=sections
     )
     tables = markdown(sections)
     try:
@@ -109,117 +68,47 @@ def write(files: Sequence[Path], out: Path) -> str:
     return tables
 
 
-def read_files(files: Sequence[Path]) -> Input:
-    """Read every file as what it is.
-
-    Raises:
-        ResultError: as for `write`.
-    """
-    read = Input([], [], [])
-    for path in files:
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ResultError(f"cannot read the results in {path}: {error}") from error
-        if text.startswith("["):
-            read.rows.extend(_replayed(path, text))
-        elif (benchmark := _benchmark(path, text)) is not None:
-            read.codecs.append(benchmark)
-        else:
-            read.runs.append(_run(path))
-    _check_together(read.runs)
-    return read
+def quality(questions: Sequence[Question]) -> Iterable[Section]:
+    """What questions say: for each suite all tasks side by side, each task beside its cost, and what comes late."""
+    suites: dict[str, list[Question]] = defaultdict(list)
+    for one in questions:
+        suites[one.suite].append(one)
+    for suite, own in suites.items():
+        tasks: dict[tuple[str, int | None, str], list[Summary]] = defaultdict(list)
+        for cell in metrics.summarise(own):
+            tasks[cell.cell.task, cell.cell.context, cell.metric].append(cell)
+        yield _side_by_side(suite, list(tasks.values()))
+        yield from map(_task, tasks.values())
+        yield from _by_position(own)
 
 
-def _run(path: Path) -> results.Results:
-    run = results.read(path)
-    try:
-        Machine.model_validate(run.header.machine)
-    except ValidationError as error:
-        raise ResultError(f"{path} does not say what machine it was measured on: it is damaged.") from error
-    return run
+def _side_by_side(suite: str, tasks: Sequence[Sequence[Summary]]) -> Section:
+    """The score of every task through every cache, and its divergence."""
+    heads = [name for cells in tasks for name in (_title(cells[0].cell), "KL")]
+    found = [{metrics.label(one.cell): [_score(one), _divergence(one)] for one in cells} for cells in tasks]
+    caches = dict.fromkeys(name for cells in found for name in cells)
+    rows = [[name, *(text for cells in found for text in cells.get(name, ["-", "-"]))] for name in caches]
+    note = "The score of each task with its standard error, and the KL divergence of the next token's distribution "
+    note += "from the full cache's, in nats. Questions: "
+    note += ", ".join(f"{cells[0].score.count} of {cells[0].cell.task}" for cells in tasks)
+    return Section(f"Suite {suite}", f"{note}.", ["cache", *heads], rows)
 
 
-def _replayed(path: Path, text: str) -> list[Row]:
-    try:
-        rows = TypeAdapter(list[Row]).validate_json(text, strict=True)
-    except ValidationError as error:
-        problem = error.errors()[0]["msg"]
-        raise ResultError(f"{path}: {problem}. Write it again: kvsched trace replay TRACE --json {path}.") from error
-    if not rows:
-        raise ResultError(f"{path} holds no rows: run `kvsched trace replay TRACE --json {path}` again.")
-    return rows
+def _task(cells: Sequence[Summary]) -> Section:
+    """A task's quality beside its cost."""
+    # RULER calls its score by the prompt's length.
+    metric = {str(cells[0].cell.context): "string match"}.get(cells[0].metric, cells[0].metric)
+    note = f"{metric} and its standard error over {cells[0].score.count} questions. Change, log-probability and KL "
+    note += "are against the full cache on the same questions; brackets hold 95 % of bootstrapped means; as "
+    note += "good is a score that is lower by no more than a point or the standard error of its change. "
+    note += f"To prefill a prompt took {_number(cells[0].prefill_seconds, '.1f')} s, once for all caches."
+    rows = [[metrics.label(one.cell), *(show(one) for _, show in _COLUMNS)] for one in cells]
+    columns = ["cache", *(name for name, _ in _COLUMNS)]
+    return Section(_title(cells[0].cell), note, columns, rows, list(_against(cells, metric)), 3)
 
 
-def _benchmark(path: Path, text: str) -> CodecBenchmark | None:
-    """The results of `make bench-codec`; `None` for JSON lines."""
-    if text[:2] not in ("{\n", "{\r"):  # one object over many lines, as benchmarks write it
-        return None
-    try:
-        found = CodecBenchmark.model_validate_json(text)
-    except ValidationError as error:
-        raise ResultError(f"{path} is damaged or not from `make bench-codec`: run that again.") from error
-    measured = found.machine.versions.get("kvsched")
-    if measured != version("kvsched"):
-        raise ResultError(
-            f"{path} was measured with kvsched {measured}, this is {version('kvsched')}: run `make bench-codec` again."
-        )
-    return found
-
-
-def _check_together(runs: Sequence[results.Results]) -> None:
-    """Refuse runs whose questions cannot stand side by side."""
-    for name in ("suite", "model"):
-        if len(found := {getattr(run.header, name) for run in runs}) > 1:
-            raise ResultError(
-                f"these are results of another {name} each: {', '.join(sorted(found))}. Report them apart."
-            )
-    asked = [(one.cell, one.question) for run in runs for one in run.questions]
-    if len(set(asked)) < len(asked):
-        raise ResultError("two files answer the same question through the same cache. Leave one of them out.")
-
-
-def _sources(read: Input) -> list[dict[str, str]]:
-    """Where the numbers are from, for the head of the page."""
-    headers = [run.header for run in read.runs]
-    sources = [
-        {"suite": one.suite, "model": one.model, "seeds": ", ".join(map(str, one.seeds)), "command": one.command}
-        | _machine(Machine.model_validate(one.machine))
-        for one in headers
-    ]
-    sources += [{"command": one.command} | _machine(one.machine) for one in read.codecs]
-    if read.rows:
-        sources.append({"replayed": f"{len(read.rows)} rows of kvsched trace replay"})
-    return sources
-
-
-def _machine(machine: Machine) -> dict[str, str]:
-    kind = f"{machine.processor}, {machine.cores} cores, {machine.memory_gib} GiB"
-    if machine.accelerator is not None:
-        kind += f", {machine.accelerator}"
-    found = ", ".join(f"{name} {number}" for name, number in machine.versions.items())
-    return {"machine": kind, "versions": found, "time": machine.time}
-
-
-def _tasks(runs: Sequence[results.Results]) -> Iterable[Section]:
-    """A section for each task and context: quality beside cost."""
-    tasks: dict[tuple[str, int | None, str], list[Summary]] = defaultdict(list)
-    for one in metrics.summarise(question for run in runs for question in run.questions):
-        tasks[one.cell.task, one.cell.context, one.metric].append(one)
-    for (task, context, given), cells in tasks.items():
-        metric = "string match" if given.isdigit() else given  # RULER calls its score by the prompt's length
-        note = f"{metric} and its standard error over {cells[0].score.count} questions. Change, log-probability and KL "
-        note += "are against the full cache on the same questions; brackets hold 95 % of bootstrapped means; as "
-        note += "good is a score that is lower by no more than a point or the standard error of its change. "
-        note += f"To prefill a prompt took {_number(cells[0].prefill_seconds, '.1f')} s, once for all caches."
-        rows = [[metrics.label(one.cell), *(show(one) for _, show in _COLUMNS)] for one in cells]
-        yield Section(
-            _title(task, context), note, ["cache", *(name for name, _ in _COLUMNS)], rows, list(_against(cells, metric))
-        )
-
-
-def _title(task: str, context: int | None) -> str:
-    return task if context is None else f"{task}, {context} tokens"
+def _title(cell: Cell) -> str:
+    return cell.task if cell.context is None else f"{cell.task}, {cell.context} tokens"
 
 
 def _against(cells: Sequence[Summary], metric: str) -> Iterable[Chart]:
@@ -254,25 +143,48 @@ def _against(cells: Sequence[Summary], metric: str) -> Iterable[Chart]:
             yield Chart(f"{metric} against {name}", label, metric, drawn, level, places)
 
 
-def _drift(runs: Sequence[results.Results]) -> Iterable[Section]:
-    """How far the next token's distribution has moved from the full cache's as an answer grows."""
-    charts: dict[tuple[str, int | None, float | None], dict[str, list[results.Question]]] = {}
-    for run in runs:
-        for one in run.questions:
-            if one.cache != "full" and len(one.kl) >= 2 * WIDTH:
-                caches = charts.setdefault((one.task, one.context, one.budget), defaultdict(list))
-                caches[metrics.label(metrics.without_budget(one.cell))].append(one)
-    drawn = []
-    for (task, context, budget), caches in charts.items():
-        lines = []
-        for name, own in caches.items():
-            found = metrics.by_position(own, WIDTH)
-            lines.append(Line(name, [start for start, _ in found], [mean.value for _, mean in found]))
-        title = _title(task, context) if budget is None else f"{_title(task, context)}, budget {100 * budget:g} %"
-        drawn.append(Chart(title, "tokens decoded", "KL to the full cache, nats", lines, log_y=True))
-    if drawn:
+def _by_position(questions: Sequence[Question]) -> Iterable[Section]:
+    """What becomes of long answers and long texts as they grow."""
+    long = [one for one in questions if len(one.kl) >= 2 * WIDTH]
+    drift = [one for one in long if one.cache != "full"]
+    if drift:
         note = "Divergence of the next token's distribution from the full cache's while both read the same tokens."
-        yield Section("Divergence as decoding goes on", note, [], [], drawn)
+        charts = _over_positions(drift, "KL to the full cache, nats", lambda one: one.kl, lambda kl: kl, log_y=True)
+        yield Section("Divergence as decoding goes on", note, [], [], charts, 3)
+    texts = [one for one in long if one.metric == "logprob"]
+    if texts:
+        note = "Of what follows a context, token by token: e to the power of minus a token's mean log-probability."
+        charts = _over_positions(texts, "perplexity", lambda one: one.logprob, lambda mean: math.exp(-mean))
+        yield Section("Perplexity by position", note, [], [], charts, 3)
+
+
+def _over_positions(
+    questions: Sequence[Question],
+    label: str,
+    values: Callable[[Question], Sequence[float]],
+    shown: Callable[[float], float],
+    log_y: bool = False,
+) -> list[Chart]:
+    """A chart for each task and budget, whose lines are caches: means over `WIDTH` tokens and all questions.
+
+    The full cache, if it is there, stands in each.
+    """
+    full: dict[str, list[Question]] = defaultdict(list)
+    charts: dict[tuple[str, float | None], dict[str, list[Question]]] = defaultdict(lambda: defaultdict(list))
+    for one in questions:
+        if one.cache == "full":
+            full[_title(one)].append(one)
+        else:
+            charts[_title(one), one.budget][metrics.label(metrics.without_budget(one.cell))].append(one)
+    drawn = []
+    for (title, budget), caches in charts.items():
+        lines = []
+        for name, own in {"full": full[title], **caches}.items():
+            if found := metrics.by_position([values(one) for one in own], WIDTH):
+                lines.append(Line(name, [start for start, _ in found], [shown(mean.value) for _, mean in found]))
+        named = title if budget is None else f"{title}, budget {100 * budget:g} %"
+        drawn.append(Chart(named, "tokens decoded", label, lines, log_y=log_y))
+    return drawn
 
 
 def _replays(rows: Sequence[Row]) -> Iterable[Section]:
@@ -360,18 +272,23 @@ def markdown(sections: Iterable[Section]) -> str:
         if section.rows:
             lines = [section.columns, ["---"] * len(section.columns), *section.rows]
             table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-            parts.append(f"## {section.title}\n\n{section.note}\n\n{table}\n")
+            parts.append(f"{'#' * section.level} {section.title}\n\n{section.note}\n\n{table}\n")
     return "\n".join(parts)
 
 
 def _score(one: Summary) -> str:
-    return f"{one.score.value:.3f} ± {one.score.error:.3f}"
+    return f"{one.score.value:.3f} ± {one.score.error:.3f}" if one.score.count > 1 else f"{one.score.value:.3f}"
+
+
+def _divergence(one: Summary) -> str:
+    return "-" if one.cell.cache == "full" else _number(one.kl, ".4f")
 
 
 def _interval(difference: Difference | None) -> str:
     if difference is None:
         return "-"
-    return f"{difference.value:+.3f} [{difference.low:+.3f}, {difference.high:+.3f}]"
+    interval = f" [{difference.low:+.3f}, {difference.high:+.3f}]" if difference.count > 1 else ""
+    return f"{difference.value:+.3f}{interval}"
 
 
 def _as_good(one: Summary) -> str:
@@ -390,7 +307,7 @@ _COLUMNS: list[Shown] = [
     ("change", lambda one: _interval(one.change)),
     ("as good", _as_good),
     ("log-probability", lambda one: "-" if one.cell.cache == "full" else _interval(one.logprob)),
-    ("KL", lambda one: "-" if one.cell.cache == "full" else _number(one.kl, ".4f")),
+    ("KL", _divergence),
     ("equal prefix", lambda one: _number(one.equal_prefix, ".0%")),
     ("distinct", lambda one: _number(one.diversity, ".2f")),
     ("tokens", lambda one: _number(one.length, ".0f")),

@@ -33,8 +33,8 @@ class Cell:
         suite: name of the suite.
         task: name of the lm-eval task.
         context: tokens that the task's prompts are made to fill; `None` where a prompt is as long as it is.
-        cache: `full`, `dynakv`, `sparkv`, `sparkv+dynakv`, or a peer: `hf-quantized`.
-        policy: of `dynakv`.
+        cache: `full`, `dynakv`, `sparkv`, `sparkv+dynakv`, or a peer: `hf-quantized`, `kvpress`.
+        policy: of `dynakv`; a press of `kvpress`.
         budget: share of the prompt's tokens, beside sinks and recent ones, that take part in a step.
         codec: of `sparkv`; a peer's way to round.
         seed: of the questions and of everything random.

@@ -26,9 +26,9 @@ from transformers.utils import logging as transformers_logging
 
 from kvsched.errors import DataNotFoundError
 
-from . import data
+from . import data, peers
 from .machine import describe
-from .measure import MeasuredLM, Prompts, ask
+from .measure import MeasuredLM, ask
 from .results import Cell, Header, Question, ResultFile
 from .suite import Suite, TaskEntry
 
@@ -45,14 +45,20 @@ def run(
 ) -> list[Question]:
     """Ask what a suite asks, or what is left of it, and write each finished question to `path`.
 
+    Each task's first question goes through all caches before any task's second, so that a run which is broken off has
+    asked as much of every task.
+
     Args:
         command: that started the run; it stands in the file.
         show: takes a line for each finished cell.
 
     Raises:
         DataNotFoundError: a task's data is not on this machine.
+        PackageError: a peer has no environment on this machine.
         ResultError: `path` holds the results of another run.
     """
+    machine = describe()
+    machine["versions"] |= peers.versions(suite.variants)
     header = Header(
         version=version("kvsched"),
         suite=suite.name,
@@ -60,39 +66,63 @@ def run(
         model=Path(model.name_or_path).name,
         seeds=suite.seeds,
         cells=suite.cells,
-        machine=describe(),
+        machine=machine,
     )
     file = ResultFile(path.resolve(), header)
-    if file.finished:
-        return file.questions
-    total = sum(entry.limit for entry, _, _ in suite.groups) * len(suite.variants)
-    with quiet(), mirrors(), tqdm(total=total, desc=suite.name, unit="answer", file=sys.stderr) as bar:
-        prompts = Prompts()
-        models = [MeasuredLM(model, tokenizer, variant, prompts) for variant in suite.variants]
-        for entry, context, seed in suite.groups:
-            cells = [suite.cell(entry.task, context, seed, one.variant) for one in models]
-            _ask_all(file, models, cells, entry, bar)
-            for cell, lm in zip(cells, models, strict=True):
-                bar.clear()
-                show(summary(cell, lm.variant, [one for one in file.questions if one.cell == cell]))
-    file.finish()
+    if not file.finished:
+        with quiet(), mirrors(), peers.opened(model, tokenizer, suite.variants) as models:
+            _ask_all(suite, models, file, show)
+        file.finish()
     return file.questions
 
 
-def _ask_all(file: ResultFile, models: list[MeasuredLM], cells: list[Cell], entry: TaskEntry, bar: tqdm[Any]) -> None:
-    """The questions of one task, context and seed: each through all caches before the next one."""
+def _ask_all(suite: Suite, models: list[MeasuredLM], file: ResultFile, show: Show) -> None:
     finished = {(one.cell, one.question) for one in file.questions}
-    full = models[0]
-    task, questions = build(entry, cells[0].context, cells[0].seed, full)
-    bar.total = (bar.total or 0) + (len(questions) - entry.limit) * len(models)  # a task may have fewer
-    for number, instances in questions.items():
-        left = {cell for cell in cells if (cell, number) not in finished}
-        bar.update(len(cells) - len(left))
-        if not left:
-            continue
-        for lm, cell in zip(models, cells, strict=True):
-            if cell in left or lm is full:  # whose answer all others are compared with
-                answered = ask(lm, task, instances, full, cell)
+    groups = [_Group(suite, models, *group) for group in suite.groups]
+    total = sum(group.entry.limit for group in groups) * len(models)
+    with tqdm(total=total, desc=suite.name, unit="answer", file=sys.stderr) as bar:
+        for turn in range(max(group.entry.limit for group in groups)):
+            for group in groups:
+                if turn >= group.entry.limit:
+                    continue
+                if turn >= len(group.questions):  # a task may have fewer
+                    bar.total = (bar.total or 0) - len(models)
+                    continue
+                group.ask(turn, file, finished, bar)
+                if turn + 1 == min(group.entry.limit, len(group.questions)):
+                    bar.clear()
+                    for cell, lm in zip(group.cells, models, strict=True):
+                        show(summary(cell, lm.variant, [one for one in file.questions if one.cell == cell]))
+
+
+class _Group:
+    """The questions of one task, context and seed, and the cells in which they are asked."""
+
+    def __init__(
+        self, suite: Suite, models: list[MeasuredLM], entry: TaskEntry, context: int | None, seed: int
+    ) -> None:
+        self.entry, self._models = entry, models
+        self.cells = [suite.cell(entry.task, context, seed, lm.variant) for lm in models]
+
+    @functools.cached_property
+    def _built(self) -> tuple[Task, dict[str, list[Instance]]]:
+        """Made when it is needed, since that takes up to a minute."""
+        return build(self.entry, self.cells[0].context, self.cells[0].seed, self._models[0])
+
+    @functools.cached_property
+    def questions(self) -> list[str]:
+        """Their numbers in the task."""
+        return list(self._built[1])
+
+    def ask(self, turn: int, file: ResultFile, finished: set[tuple[Cell, str]], bar: tqdm[Any]) -> None:
+        """Ask a question through all caches that have not answered it yet."""
+        number, full = self.questions[turn], self._models[0]
+        task, questions = self._built
+        left = {cell for cell in self.cells if (cell, number) not in finished}
+        bar.update(len(self.cells) - len(left))
+        for lm, cell in zip(self._models, self.cells, strict=True):
+            if cell in left or (left and lm is full):  # whose answer all others are compared with
+                answered = ask(lm, task, questions[number], full, cell)
             if cell in left:
                 file.append(answered)
                 bar.update()
@@ -116,7 +146,7 @@ def build(entry: TaskEntry, context: int | None, seed: int, lm: MeasuredLM) -> t
     if entry.num_fewshot is not None or task.get_config("num_fewshot") is None:
         task.set_config("num_fewshot", entry.num_fewshot or 0)
     task.set_fewshot_seed(seed=seed)
-    if entry.max_gen_toks is not None:
+    if entry.max_gen_toks is not None and task.OUTPUT_TYPE == "generate_until":
         task.set_config("generation_kwargs", {"max_gen_toks": entry.max_gen_toks}, update=True)
     task.build_all_requests(
         limit=entry.limit,
@@ -128,6 +158,9 @@ def build(entry: TaskEntry, context: int | None, seed: int, lm: MeasuredLM) -> t
     )
     questions: dict[str, list[Instance]] = {}
     for instance in task.instances:
+        if entry.max_gen_toks is not None and task.OUTPUT_TYPE == "loglikelihood":
+            before, scored = instance.arguments
+            instance.arguments = before, lm.tok_decode(lm.tok_encode(scored)[: entry.max_gen_toks])
         questions.setdefault(str(instance.doc_id), []).append(instance)
     return task, questions
 
@@ -142,12 +175,12 @@ def _manager(folder: str, model: str, context: int | None) -> TaskManager:
 def summary(cell: Cell, name: object, questions: list[Question]) -> str:
     """A finished cell in one line."""
     scores = [one.score for one in questions]
-    error = statistics.stdev(scores) / math.sqrt(len(scores)) if len(scores) > 1 else math.nan
+    error = f" ± {statistics.stdev(scores) / math.sqrt(len(scores)):.3f}" if len(scores) > 1 else ""
     divergence = statistics.fmean(value for one in questions for value in one.kl)
     seconds = statistics.fmean(one.seconds for one in questions)
     length = "" if cell.context is None else f" {cell.context}"
     return (
-        f"{cell.task}{length}, {name}: {questions[0].metric} {statistics.fmean(scores):.3f} ± {error:.3f} "
+        f"{cell.task}{length}, {name}: {questions[0].metric} {statistics.fmean(scores):.3f}{error} "
         f"of {len(scores)}, KL {divergence:.4f}, {seconds:.1f} s"
     )
 

@@ -30,7 +30,7 @@ class TaskEntry(_Checked):
         task: its name in lm-eval, or among `kvsched_evals.data.TASKS`.
         contexts: lengths in tokens, for tasks whose prompts are made to a length; `None` for all others.
         limit: how many questions of each context and seed.
-        max_gen_toks: tokens generated at most, if not as many as the task says.
+        max_gen_toks: tokens generated at most, if not as many as the task says; of a text that is scored, its first.
         num_fewshot: examples in front of the question, if not as many as the task says.
         chat: the question is put as the model's chat template has it.
     """
@@ -47,14 +47,15 @@ class CacheEntry(_Checked):
     """Caches of a suite: one for each combination of policy, budget and codec.
 
     Args:
-        cache: `full`, `dynakv`, `sparkv`, `sparkv+dynakv`, or `hf-quantized`, which is transformers' QuantizedCache.
-        policy: of `dynakv`.
-        budget: of `dynakv`: tokens of each KV head, beside sinks and recent ones, as a share of the prompt's.
+        cache: `full`, `dynakv`, `sparkv`, `sparkv+dynakv`, or a peer: `hf-quantized`, which is transformers'
+            QuantizedCache, or `kvpress`, which needs `make kvpress`.
+        policy: of `dynakv`; of `kvpress` a press, `snapkv` or `expected-attention`.
+        budget: of both: tokens of each KV head, beside sinks and recent ones, as a share of the prompt's.
         codec: of `sparkv`; of `hf-quantized` its backend and bits.
         options: further options of the cache, for all alike.
     """
 
-    cache: Literal["full", "dynakv", "sparkv", "sparkv+dynakv", "hf-quantized"]
+    cache: Literal["full", "dynakv", "sparkv", "sparkv+dynakv", "hf-quantized", "kvpress"]
     policy: Annotated[list[str | None], Field(min_length=1)] = [None]
     budget: Annotated[list[Share | None], Field(min_length=1)] = [None]
     codec: Annotated[list[str | None], Field(min_length=1)] = [None]
@@ -62,9 +63,10 @@ class CacheEntry(_Checked):
 
     @model_validator(mode="after")
     def _complete(self) -> CacheEntry:
+        selective = self.cache.endswith("dynakv") or self.cache == "kvpress"
         wanted = {
-            "policy": self.cache.endswith("dynakv"),
-            "budget": self.cache.endswith("dynakv"),
+            "policy": selective,
+            "budget": selective,
             "codec": self.cache.startswith("sparkv") or self.cache == "hf-quantized",
         }
         for name, needed in wanted.items():
@@ -93,7 +95,7 @@ class Suite(_Checked):
 
     Args:
         seeds: each asks other questions where a task makes them up.
-        tasks: asked one after the other.
+        tasks: a question of each is asked before the next question of any.
         caches: the first is `full`, which all others are compared with.
     """
 
@@ -149,7 +151,7 @@ class Suite(_Checked):
 
     @property
     def groups(self) -> list[tuple[TaskEntry, int | None, int]]:
-        """Task, context and seed of each set of questions, in the order in which they are asked."""
+        """Task, context and seed of each set of questions."""
         return [(entry, context, seed) for entry in self.tasks for context in entry.contexts for seed in self.seeds]
 
     def cell(self, task: str, context: int | None, seed: int, variant: Variant) -> Cell:

@@ -13,6 +13,7 @@ import tarfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from pydoc_data.topics import topics
 from types import SimpleNamespace
 from typing import Any
 
@@ -257,6 +258,15 @@ def test_books_are_cut_into_windows_that_do_not_overlap(
         found = (row["context"] + row["continuation"]).lower().split()
         assert found == words
         assert len(row["context"].split()) == 50
+
+
+def test_the_manual_is_cut_likewise(tokenizer: Tokenizer) -> None:
+    windows = list(texts.manual(max_seq_lengths=[2000])["test"])
+    assert len({row["id"] for row in windows}) == len(windows) > 5
+    for row in windows:
+        assert row["context"] + row["continuation"] in topics[row["id"].partition(":")[0]]
+        lengths = [len(tokenizer(row[part]).input_ids) for part in ("context", "continuation")]
+        assert lengths == [2000, texts.CONTINUATION]
 
 
 def test_papers_of_a_length_come_longest_first(registry: Registry, tokenizer: Tokenizer) -> None:

@@ -13,7 +13,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.cache_utils import DynamicCache
 
 from kvsched.sparkv.forward import PrefixCache
-from kvsched_evals.measure import MeasuredLM, Prompts, ask, divergence, equal_prefix, take
+from kvsched_evals.measure import Prompts, ask, divergence, equal_prefix, take
+from kvsched_evals.peers import QuantizedLM, opened
 from kvsched_evals.results import Question
 from kvsched_evals.suite import Suite, Variant
 
@@ -61,13 +62,12 @@ def questions(kind: str) -> list[Instance]:
 def measured(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, kind: str, *variants: Variant
 ) -> list[Question]:
-    prompts = Prompts()
-    lms = [MeasuredLM(model, tokenizer, variant, prompts) for variant in (Variant("full"), *variants)]
     suite = Suite(name="s", tasks=[{"task": "fake", "limit": 1}], caches=[{"cache": "full"}])
-    return [
-        ask(lm, FakeTask(kind), questions(kind), lms[0], suite.cell("fake", None, 0, lm.variant))  # type: ignore[arg-type]
-        for lm in lms
-    ]
+    with opened(model, tokenizer, (Variant("full"), *variants)) as lms:
+        return [
+            ask(lm, FakeTask(kind), questions(kind), lms[0], suite.cell("fake", None, 0, lm.variant))  # type: ignore[arg-type]
+            for lm in lms
+        ]
 
 
 EXACT = [
@@ -117,7 +117,7 @@ def test_a_cache_that_goes_astray_reads_the_reference_all_the_same(tiny_model, t
     assert astray.equal_prefix is not None and astray.equal_prefix < 11
     assert len(astray.kl) == full.answer_tokens
     ids = torch.tensor([tokenizer(PROMPT).input_ids + full_tokens(model, tokenizer)])
-    lm = MeasuredLM(model, tokenizer, variants[1], Prompts())
+    lm = QuantizedLM(model, tokenizer, variants[1], Prompts())
     cache = lm.prefill(ids[:, : len(PROMPT) - 1], torch.ones(1, len(PROMPT) - 1, dtype=torch.long))
     rest = ids[:, len(PROMPT) - 1 : -1]
     (log_probs,) = lm.log_probs(cache, rest, torch.ones(1, ids.shape[1] - 1, dtype=torch.long))

@@ -72,6 +72,8 @@ def test_differences_are_over_the_same_questions_in_any_order() -> None:
     assert change is not None and summary[DYNAKV].score.error > 0.1
     assert (change.value, change.low, change.high, change.error) == (-0.25, -0.25, -0.25, 0), "not paired"
     assert summarise(less)[0].change is None, "without a full cache there is nothing to compare with"
+    another = [replace(one, suite="other") for one in full]
+    assert summarise([*less, *another])[1].change is None, "compared with another suite's full cache"
 
 
 def test_a_cell_says_what_its_questions_said() -> None:
@@ -99,8 +101,7 @@ def test_text_that_repeats_itself_is_less_diverse() -> None:
 
 
 def test_divergence_by_position_is_a_mean_over_answers_that_are_that_long() -> None:
-    questions = [question(DYNAKV, 0, 1, kl=[1.0, 1.0, 3.0]), question(DYNAKV, 1, 1, kl=[3.0, 3.0])]
-    assert by_position(questions, 2) == [(0, Mean(2.0, 1.0, 2)), (2, Mean(3.0, 0.0, 1))]
+    assert by_position([[1.0, 1.0, 3.0], [3.0, 3.0]], 2) == [(0, Mean(2.0, 1.0, 2)), (2, Mean(3.0, 0.0, 1))]
 
 
 def test_labels_tell_cells_of_a_task_apart() -> None:

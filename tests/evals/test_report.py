@@ -17,7 +17,8 @@ from kvsched.replay import Row
 from kvsched_evals import results
 from kvsched_evals.machine import describe
 from kvsched_evals.metrics import summarise
-from kvsched_evals.report import read_files, write
+from kvsched_evals.report import write
+from kvsched_evals.report_inputs import read_files
 from kvsched_evals.results import Cell, Question, ResultError
 
 FULL = Cell("smoke", "niah <single>", 4096, "full", None, None, None, 0)
@@ -54,22 +55,26 @@ def questions() -> list[Question]:
     ]
 
 
-@pytest.fixture
-def run(tmp_path: Path) -> Path:
+def written(path: Path, suite: str, asked: list[Question]) -> Path:
     header = results.Header(
         version=results.version("kvsched"),
-        suite="smoke",
-        command="kvsched eval run smoke & more",
+        suite=suite,
+        command=f"kvsched eval run {suite} & more",
         model="model",
         seeds=[0],
-        cells=CELLS,
+        cells=list(dict.fromkeys(one.cell for one in asked)),
         machine=describe(),
     )
-    file = results.ResultFile(tmp_path / "run.jsonl", header)
-    for one in questions():
+    file = results.ResultFile(path, header)
+    for one in asked:
         file.append(one)
     file.finish()
-    return tmp_path / "run.jsonl"
+    return path
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    return written(tmp_path / "run.jsonl", "smoke", questions())
 
 
 @pytest.fixture
@@ -144,6 +149,32 @@ def test_the_tables_say_what_was_measured(run: Path, rows: Path, tmp_path: Path)
     codecs = json.loads(CODEC.read_text())["codecs"]
     assert table["balanced"][0] == f"{codecs['balanced']['ratio']['mean']:.2f}"
     assert set(codecs) <= set(table)
+
+
+def test_suites_stand_one_after_the_other_each_beside_its_own_full_cache(run: Path, tmp_path: Path) -> None:
+    """The other suite has asked a text, through one cache that the first did not have."""
+    full, *_, last = questions()
+    book = Cell("texts", "book", 4096, "full", None, None, None, 0)
+    pressed = replace(book, cache="kvpress", policy="snapkv", budget=0.1)
+    asked = [
+        replace(question, **vars(cell), question="7", metric="logprob", score=logprob[-1], logprob=logprob)
+        for question, cell, logprob in ((full, book, [-1.0] * 32), (last, pressed, [-1.0] * 16 + [-2.0] * 16))
+    ]
+    tables = write([run, written(tmp_path / "texts.jsonl", "texts", asked)], tmp_path / "report.html")
+    lines = tables.splitlines()
+    heads = [line for line in lines if line.startswith("#")]
+    assert heads == ["## Suite smoke", "### niah <single>, 4096 tokens", "## Suite texts", "### book, 4096 tokens"]
+    assert lines[lines.index("## Suite smoke") + 4 :][:4] == [
+        "| cache | niah <single>, 4096 tokens | KL |",
+        "| --- | --- | --- |",
+        "| full | 0.500 ± 0.500 | - |",
+        "| dynakv 5 % | 0.500 ± 0.500 | 0.1550 |",
+    ]
+    assert lines.count("| snapkv 10 % | -2.000 | 0.1550 |") == 1, "two suites in one table"
+    assert [line[:33] for line in lines if line.startswith("| snapkv")][1] == "| snapkv 10 % | -2.000 | -1.000 |"
+    text = (tmp_path / "report.html").read_text()
+    assert text.count(">Divergence as decoding goes on</h3>") == 2
+    assert text.count(">Perplexity by position</h3>") == 1
 
 
 def damaged(name: str, run: Path, rows: Path) -> tuple[str, str]:

@@ -32,6 +32,7 @@ def tasks(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("tasks")
     rows = [{"question": f"{n} plus {n}?", "choices": [str(2 * n), "none"], "answer": 0} for n in range(5)]
     (folder / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "texts.jsonl").write_text('{"question": "One, two,", "answer": " three, four, five"}\n' * 2)
     for name in ("sums", "gone"):
         task = {
             "task": name,
@@ -45,6 +46,10 @@ def tasks(tmp_path_factory) -> Path:
             "metric_list": [{"metric": "acc"}],
         }
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(task))
+    del task["doc_to_choice"]
+    task |= {"task": "texts", "output_type": "loglikelihood", "target_delimiter": ""}
+    task |= {"dataset_kwargs": {"data_files": {"test": str(folder / "texts.jsonl")}}}
+    (folder / "texts.yaml").write_text(yaml.safe_dump(task | {"metric_list": [{"metric": "perplexity"}]}))
     return folder
 
 
@@ -104,6 +109,21 @@ def test_a_run_goes_on_where_it_was(suite: Path, command, tmp_path: Path, monkey
     before = out.read_bytes()
     assert command(suite, "--out", out).exit_code == 0
     assert (out.read_bytes(), len(asked)) == (before, 8)
+
+
+def test_every_task_is_asked_before_the_next_question_of_any(suite: Path, command, tmp_path: Path) -> None:
+    """And of a text that is scored, so many tokens; of a task with fewer questions, all."""
+    tasks = [*SUITE["tasks"], {"task": "texts", "limit": 3, "max_gen_toks": 6}]
+    suite.write_text(yaml.safe_dump({**SUITE, "tasks": tasks}))
+    out = tmp_path / "own.jsonl"
+    ran = command(suite, "--out", out)
+    assert ran.exit_code == 0, ran.output
+    found = read(out).questions
+    order = [(one.question, one.task) for one in found if one.cache == "full"]
+    assert order == [("0", "sums"), ("0", "texts"), ("1", "sums"), ("1", "texts"), ("2", "sums")]
+    assert {len(one.logprob) for one in found if one.task == "texts"} == {len(" three")}
+    ends = [line.partition(",")[0] for line in ran.stdout.splitlines()[:-1]]
+    assert ends == ["texts", "texts", "sums", "sums"]
 
 
 def test_limit_asks_fewer_questions(suite: Path, command, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import yaml
 from kvsched.config import SparKVConfig
 from kvsched.dynakv.policies import POLICIES
 from kvsched.errors import ConfigError
+from kvsched_evals.peers import PRESSES
 from kvsched_evals.suite import SUITES, Suite, Variant
 
 SMALL = {
@@ -46,6 +47,7 @@ def test_the_suites_that_come_along_are_valid(name: str) -> None:
     suite = Suite.load(name)
     assert suite.name == name
     assert {one.policy for one in suite.variants if one.cache == "dynakv"} <= set(POLICIES)
+    assert {one.policy for one in suite.variants if one.cache == "kvpress"} <= set(PRESSES)
     codecs = get_args(get_type_hints(SparKVConfig)["codec"])
     assert {one.codec for one in suite.variants if one.cache == "sparkv"} <= set(codecs)
 
@@ -59,6 +61,7 @@ def test_the_suites_that_come_along_are_valid(name: str) -> None:
         ({"caches": [{"cache": "full", "budget": [0.1]}]}, "full has no budget"),
         ({"caches": [{"cache": "full"}, {"cache": "dynakv", "policy": ["static"]}]}, "dynakv needs a budget"),
         ({"caches": [{"cache": "full"}, {"cache": "sparkv", "codec": [None]}]}, "sparkv needs a codec"),
+        ({"caches": [{"cache": "full"}, {"cache": "kvpress", "budget": [0.1]}]}, "kvpress needs a policy"),
         ({"caches": [{"cache": "ful"}]}, "caches.0.cache"),
         ({"tasks": [{"task": "x", "limit": 0}]}, "tasks.0.limit"),
         ({"task": []}, "task: Extra"),

@@ -10,6 +10,7 @@ import random
 import sysconfig
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import Any
 
 from datasets import Dataset
@@ -20,14 +21,14 @@ from lm_eval.tasks.ruler.common_utils import get_tokenizer, resolve_tokenizer_na
 from kvsched_evals import data
 
 CONTEXT = 4096  # tokens where the run names no lengths
-CONTINUATION = 256  # tokens of a book that are scored after the context
+CONTINUATION = 256  # tokens of a text that are scored after the context
 LINES_PER_FILE = 4
 GROWN = 10  # turns of a conversation before the one that is asked
 SEED = 0
 
 Row = dict[str, Any]
 
-__all__ = ["book", "code", "code_score", "coqa", "coqa_score", "hellaswag", "qasper"]
+__all__ = ["book", "code", "code_score", "coqa", "coqa_score", "hellaswag", "manual", "qasper"]
 
 
 def coqa(**metadata: Any) -> dict[str, Dataset]:
@@ -97,8 +98,16 @@ def code_score(document: Row, results: list[str]) -> dict[str, float]:
 
 def book(**metadata: Any) -> dict[str, Dataset]:
     """Windows over Moby Dick and the longest speeches: what follows each context is scored."""
+    return _read_on([*data.rows("kvsched/moby-dick"), *data.rows("kvsched/speeches")], metadata)
+
+
+def manual(**metadata: Any) -> dict[str, Dataset]:
+    """Windows over this Python's manual, which needs no download: what follows each context is scored."""
+    return _read_on([{"title": title, "text": text} for title, text in sorted(topics.items())], metadata)
+
+
+def _read_on(texts: list[Row], metadata: Row) -> dict[str, Dataset]:
     tokenizer = _tokenizer(metadata)
-    texts = [*data.rows("kvsched/moby-dick"), *data.rows("kvsched/speeches")]
     windows = []
     for length in metadata.get("max_seq_lengths", [CONTEXT]):
         for text in texts:
