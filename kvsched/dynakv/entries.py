@@ -152,7 +152,8 @@ class CodedPacking(Packing):
         return codes.to(self._code).view(torch.uint8), factor.view(torch.uint8)
 
     def _decode(self, codes: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-        return codes.view(self._code).float() * factor.contiguous().view(_FACTOR).float()
+        factor = factor.clone(memory_format=torch.contiguous_format)  # an odd row cannot be viewed in two bytes
+        return codes.view(self._code).float() * factor.view(_FACTOR).float()
 
 
 def packing_of(storage: str, form: EntryForm, streams: int, rates: Sequence[float]) -> Packing:

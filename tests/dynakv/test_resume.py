@@ -38,6 +38,21 @@ def second_turn(model: PreTrainedModel, cache, ids: torch.Tensor) -> torch.Tenso
     return model.generate(ids, attention_mask=mask, past_key_values=cache, **{**GREEDY, "max_new_tokens": 40})
 
 
+def test_a_save_in_8_bits_goes_on_with_the_tokens_that_it_had(tiny_model, tmp_path):
+    model = tiny_model("qwen2", num_hidden_layers=1)
+    cache = DynaKVCache(model.config, OPTIONS, storage="int8", dram="100kB")
+    ids = conversation(model, cache, rows=2)
+    cache.save(tmp_path)
+    expected = second_turn(model, cache, ids)
+    cache.close()
+    loaded = DynaKVCache.load(tmp_path, model.config, dram="1MB")
+    assert loaded.options.storage == "int8"
+    assert torch.equal(second_turn(model, loaded, ids), expected)
+    loaded.close()
+    with pytest.raises(ConfigError, match=r"storage='auto': .* made with 'int8'"):
+        DynaKVCache.load(tmp_path, model.config, storage="auto")
+
+
 @pytest.mark.parametrize(
     ("kind", "rows", "policy"), [("qwen2", 2, "dynakv"), ("gemma3", 1, "dynakv"), ("llama", 1, "static")]
 )
