@@ -39,6 +39,8 @@ def _prepare_cache_for_generation(
 ) -> Any:
     name = generation_config.cache_implementation
     given = model_kwargs.get("past_key_values")
+    if generation_config.is_assistant and name in CACHES and isinstance(given, CACHES[name]):
+        return None  # a model that assists itself (early exit) goes on with the cache that it had
     if name not in CACHES or given is not None or generation_config.use_cache is False:
         return _original_prepare(self, generation_config, model_kwargs, *args, **kwargs)
     if self.config.is_encoder_decoder or not self._supports_default_dynamic_cache():

@@ -106,9 +106,9 @@ class DynaKVCache(Cache):
                 return DynaKVLayer(self.options, self._storage, number, rates_of(text, kind))
             return DYNAMIC_LAYER_TYPE_MAPPING[kind](**given)
 
-        super().__init__(
-            layers=[layer(i, kind, given) for i, (kind, given) in enumerate(zip(kinds, arguments, strict=True))]
-        )
+        # A model that exits early to assist itself has fewer layers than kinds of them.
+        each = zip(kinds, arguments, strict=False)
+        super().__init__(layers=[layer(i, kind, given) for i, (kind, given) in enumerate(each)])
 
     def report(self) -> DynaKVReport:
         """The numbers so far."""
