@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 
 _FAR_CHUNKS = 8
 _ROUNDS = 3
-_WINDOW_SECONDS = 1.5
+# Mobile links fall and rise within seconds: what a shorter look sees is not what the rest of a load will get.
+_WINDOW_SECONDS = 4.0
 _LEAST_ARRIVALS = 3
 _LEAST_SECONDS = 0.02
 _SETTLED_ARRIVALS = 10

@@ -136,6 +136,7 @@ class Loader:
         self.predicted_seconds: float | None = None
         self._begin = self._end = self._planned_at = time.monotonic()
         self._assumed_goodput, self._is_division_weighed = True, False
+        self._best_goodput = 0.0
 
     @contextlib.contextmanager
     def streaming(self) -> Iterator[None]:
@@ -316,14 +317,17 @@ class Loader:
         """Have those layers arrive last that the pass over the rest of the prompt does not need before they can have.
 
         Earliest due date first, in bands that become narrower towards the end, so that little of the pass is left when
-        the last byte comes; no narrower than what a request's round trip takes, or the link would idle.
+        the last byte comes; no narrower than what keeps the link busy. A link that gave more before may give it again:
+        where it does not, the pass waits for layers, which is better than layers waiting for the pass.
         """
         progress, layers = self.progress, self.grid.layers
         goodput = self._goodput()
+        if not self._assumed_goodput:
+            self._best_goodput = goodput = max(self._best_goodput, goodput)
         owed = self._open_bytes()[0] * (np.arange(layers) >= progress.target[:, None])
         late = np.cumsum(owed.sum(axis=0)[::-1]) <= self.query_seconds * self.compute_rate.factor * goodput
         lower, bands = layers - min(int(late.sum()), layers - 1), []
-        narrowest = max(1.0, self.link_rate.latency * goodput / self.layer_bytes.mean())
+        narrowest = self.streamer.fewest_layers()
         while lower < layers:
             bands.append(lower)
             lower += max(1, (layers - lower) // 2) if layers - lower > 2 * narrowest else layers

@@ -229,11 +229,19 @@ class Streamer:
                 task.cancel()
             await asyncio.gather(*left, return_exceptions=True)
 
+    def fewest_layers(self) -> float:
+        """Layers of a chunk that requests have to ask for so that as many as there may be keep the link busy."""
+        payloads = [size for chunk in self.manifest.chunks for size in chunk.payload_bytes]
+        return max(1.0, self._under_way() * len(payloads) / (_REQUESTS[1] * max(1, sum(payloads))))
+
+    def _under_way(self) -> float:
+        """Bytes to have asked for and not yet read, so that the link does not wait."""
+        return (self.rate.latency + _READER_SECONDS) * (self.rate.goodput(time.monotonic()) or 0.0)
+
     def _most_requests(self, chunk: int, upper: int, lower: int) -> int:
         start, stop = self.manifest.chunks[chunk].payload_span(upper, lower)
-        under_way = (self.rate.latency + _READER_SECONDS) * (self.rate.goodput(time.monotonic()) or 0.0)
         least, most = _REQUESTS
-        return max(least, min(most, 1 + math.ceil(under_way / max(1, stop - start))))
+        return max(least, min(most, 1 + math.ceil(self._under_way() / max(1, stop - start))))
 
     def _piece_bytes(self) -> int:
         least, most = _PIECE_BYTES
