@@ -264,7 +264,8 @@ class Loader:
             compute[0] = (self.compute_table[chunk] - self.compute_table[chunk, layers_done]) * self.compute_rate.factor
             compute[0, :layers_done] = np.inf
             compute[:, max(reach, layers_done) + 1 :] = np.inf
-        compute[0] += self.query_seconds * self.compute_rate.factor * (1 - layers_passed / layers)
+        to_pass = self.query_seconds * self.compute_rate.factor * (1 - layers_passed / layers)
+        compute[0] += to_pass
         # stream[t, d]: bytes of layers d.. that have not arrived, as seconds.
         to_stream = np.zeros_like(compute)
         to_stream[:, :-1] = np.cumsum(open_bytes[rest, ::-1], axis=1)[:, ::-1]
@@ -285,8 +286,9 @@ class Loader:
             self.plans += 1
             with progress.changed:
                 progress.target[rest] = depths
-        self._order_bands()
-        self._predict(makespan(compute, stream, progress.target[rest]))
+        first_band = self._order_bands()
+        # The pass over the rest of the prompt begins when its first layers have come, if not later.
+        self._predict(max(makespan(compute, stream, progress.target[rest]), first_band / self._goodput() + to_pass))
 
     def _goodput(self) -> float:
         """Bytes a second. Until anything is known of the link it is taken to be as fast as computing."""
@@ -313,12 +315,15 @@ class Loader:
         last = self.grid.layers - (bands[-2] if len(bands) > 1 else 0)
         return self.query_seconds * self.compute_rate.factor * last / self.grid.layers
 
-    def _order_bands(self) -> None:
+    def _order_bands(self) -> float:
         """Have those layers arrive last that the pass over the rest of the prompt does not need before they can have.
 
         Earliest due date first, in bands that become narrower towards the end, so that little of the pass is left when
         the last byte comes; no narrower than what keeps the link busy. A link that gave more before may give it again:
         where it does not, the pass waits for layers, which is better than layers waiting for the pass.
+
+        Returns:
+            Bytes that have not arrived of the layers that come first.
         """
         progress, layers = self.progress, self.grid.layers
         goodput = self._goodput()
@@ -334,6 +339,7 @@ class Loader:
         with progress.changed:
             progress.bands = (*bands, layers)
         self.streamer.wake()
+        return float(owed[:, : progress.bands[0]].sum())
 
     def _compute_to_target(self, chunk: int) -> None:
         def go_on(done: int) -> bool:
