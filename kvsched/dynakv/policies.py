@@ -21,8 +21,8 @@ from .retrieval import Retrieval
 
 Vectors = dict[str, torch.Tensor]
 
-_NUMBERS_AT_ONCE = 1 << 19
-"""Of mean keys that are unpacked, 2 MiB in float32: what is held beside the index is the same for any context."""
+_NUMBERS_AT_ONCE = 1 << 18
+"""Of mean keys that are unpacked, 1 MiB in float32: what is held beside the index is the same for any context."""
 
 
 class Policy:

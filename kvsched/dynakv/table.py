@@ -15,7 +15,7 @@ a recorded model than the coarser steps that would reach them."""
 _SHIFT = 0.25
 """Steps, over all channels on average, that the mean may wander before the codes are moved."""
 
-_MOVED_AT_ONCE = 1024
+_MOVED_AT_ONCE = 256
 """Clusters of every stream whose codes are moved together: they are unpacked for it."""
 
 _RESCALE = 0.2
