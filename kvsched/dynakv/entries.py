@@ -91,7 +91,7 @@ class CodedPacking(Packing):
     """8 bits a number, and a factor of 16 bits for the key and one for the value of each entry.
 
     With `int8` a number is off by at most 1/254 of the largest in its part (key or value), with `fp8` (e4m3) by at most
-    1/16 of itself; both and the factor's own rounding, 2^-9, on the turned and centred key.
+    1/16 of itself; both and the factor's own rounding, 2^-8, on the turned and centred key.
 
     Args:
         option: a name of `CODES`.
