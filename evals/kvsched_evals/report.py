@@ -102,9 +102,12 @@ def _task(cells: Sequence[Summary]) -> Section:
     note += "are against the full cache on the same questions; brackets hold 95 % of bootstrapped means; as "
     note += "good is a score that is lower by no more than a point or the standard error of its change. "
     note += f"To prefill a prompt took {_number(cells[0].prefill_seconds, '.1f')} s, once for all caches."
-    rows = [[metrics.label(one.cell), *(show(one) for _, show in _COLUMNS)] for one in cells]
-    columns = ["cache", *(name for name, _ in _COLUMNS)]
-    return Section(_title(cells[0].cell), note, columns, rows, list(_against(cells, metric)), 3)
+    columns = {"cache": [metrics.label(one.cell) for one in cells]}
+    for name, show in _COLUMNS:
+        if set(shown := [show(one) for one in cells]) != {"-"}:
+            columns[name] = shown
+    rows = [list(row) for row in zip(*columns.values(), strict=True)]
+    return Section(_title(cells[0].cell), note, list(columns), rows, list(_against(cells, metric)), 3)
 
 
 def _title(cell: Cell) -> str:
@@ -138,9 +141,11 @@ def _against(cells: Sequence[Summary], metric: str) -> Iterable[Chart]:
         ("seconds", "seconds for a question, after the prefill", lambda one: one.seconds.value),
     ]
     for name, label, x in axes:
-        if drawn := over(x):
-            places = sorted({place for line in drawn for place in line.x}) if name == "budget" else ()
-            yield Chart(f"{metric} against {name}", label, metric, drawn, level, places)
+        drawn = over(x)
+        places = sorted({place for line in drawn for place in line.x})
+        if len(places) > 1:  # one place on the axis shows no course
+            named = places if name == "budget" else ()
+            yield Chart(f"{metric} against {name}", label, metric, drawn, level, named)
 
 
 def _by_position(questions: Sequence[Question]) -> Iterable[Section]:
@@ -293,9 +298,14 @@ def _interval(difference: Difference | None) -> str:
 
 def _as_good(one: Summary) -> str:
     """Whether a score is within a point or its standard error; a log-probability has no points."""
-    if one.change is None or one.metric == "logprob":
+    if one.change is None or _is_text(one):
         return "-"
     return "yes" if one.change.as_good else "no"
+
+
+def _is_text(one: Summary) -> bool:
+    """Whether the score is a log-probability itself."""
+    return one.metric == "logprob"
 
 
 def _number(mean: Mean | None, form: str, unit: float = 1.0) -> str:
@@ -306,7 +316,7 @@ _COLUMNS: list[Shown] = [
     ("score", _score),
     ("change", lambda one: _interval(one.change)),
     ("as good", _as_good),
-    ("log-probability", lambda one: "-" if one.cell.cache == "full" else _interval(one.logprob)),
+    ("log-probability", lambda one: "-" if one.cell.cache == "full" or _is_text(one) else _interval(one.logprob)),
     ("KL", _divergence),
     ("equal prefix", lambda one: _number(one.equal_prefix, ".0%")),
     ("distinct", lambda one: _number(one.diversity, ".2f")),
