@@ -36,8 +36,9 @@ BUFFER_SHARE = 1 / 32
 LARGEST_BUFFER = 1 << 20
 """Bytes that keep the device busy while the next batch is put together."""
 
-UNCOUNTED = 1 / 32
-"""Share of the budget left to lists of free places and numbers, and to tables while they are copied to grow."""
+UNCOUNTED = 1 / 8
+"""Share of the budget left to what is not counted one by one: lists of free places and numbers, tables while they are
+copied to grow, and what a chunk of a prompt takes for a moment."""
 
 SAVED_PART = 1 << 20
 """Bytes of clusters that are saved, checked and loaded at a time."""
