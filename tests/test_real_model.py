@@ -71,8 +71,7 @@ def test_every_staircase_gives_the_logits_of_full_prefill(
 ) -> None:
     monkeypatch.setitem(loader.PLANNERS, "optimal", lambda *_: np.array(depths))
     monkeypatch.setattr(loader, "_REPLAN_SECONDS", 1e6)  # seconds: the first plan stands
-    for threshold in ("_MIN_GAIN", "_REPLAN_GAIN"):
-        monkeypatch.setattr(loader, threshold, -1e9)
+    monkeypatch.setattr(loader, "_MIN_GAIN", -1e9)
     cache = SparKVCache(reference.model.config, store=store, **LOSSLESS)
     assert cache.load(reference.model, reference.ids).depths == tuple(depths)
     logits = reference.model(reference.ids[:, cache.get_seq_length() :], past_key_values=cache).logits[:, -1]

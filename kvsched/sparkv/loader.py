@@ -36,12 +36,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _REPLAN_SECONDS = 0.25
-# Of the time that is left: for less, dividing is not worth leaving the better path alone for. Predictions err by as
-# much, and both paths share the processor and the memory.
+# Of the time that is left: a plan that promises less is not worth changing course for, nor is dividing at all worth
+# leaving the better path alone for. Predictions err by as much, and both paths share the processor and the memory.
 _MIN_GAIN = 0.1
-# And for less than this a course once taken is kept: links that fall tend to rise again, and what is computed too much
-# delays the pass over the rest of the prompt.
-_REPLAN_GAIN = 0.25
 _MAX_PLANS = 100
 # Seconds that computing waits for an unknown link to show itself, in all and after its first bytes: on a fast one it
 # would only take the processor from the stream.
@@ -285,7 +282,7 @@ class Loader:
                 if costs[0] > (1 - _MIN_GAIN) * min(costs[1:]):
                     depths = alone[int(np.argmin(costs[1:]))]
         cost, kept = (self.objective(*totals(compute, stream, plan)) for plan in (depths, progress.target[rest]))
-        if self.plans == 0 or cost <= (1 - _REPLAN_GAIN) * kept:
+        if self.plans == 0 or cost <= (1 - _MIN_GAIN) * kept:
             self.plans += 1
             with progress.changed:
                 progress.target[rest] = depths
