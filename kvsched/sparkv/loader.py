@@ -132,7 +132,6 @@ class Loader:
             self._deliver,
         )
         self.plans, self._waited = 0, 0.0
-        self._passed = -1, 0.0  # the layer that the pass over the rest of the prompt entered last, and when
         self.predicted_seconds: float | None = None
         self._begin = self._end = self._planned_at = time.monotonic()
         self._assumed_goodput, self._is_division_weighed = True, False
@@ -169,13 +168,6 @@ class Loader:
 
     def complete(self, layer: int) -> None:
         """Wait until every chunk has `layer`, or compute what the stream owes where a new plan says so."""
-        passed, since = self._passed
-        if layer == passed + 1 and layer > 0 and self.query_seconds:
-            self.compute_rate.observe(time.perf_counter() - since, self.query_seconds / self.grid.layers)
-        self._fill(layer)
-        self._passed = layer, time.perf_counter()
-
-    def _fill(self, layer: int) -> None:
         progress = self.progress
         while True:
             with progress.changed:
