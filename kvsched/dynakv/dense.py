@@ -11,7 +11,7 @@ BATCH = 16
 """Tokens leave the window together, so that the work on clusters is done once for all of them."""
 
 WAITING = 32
-"""Tokens of a stream that may wait for their clusters before the fullest of these is loaded (B_max of Algorithm 1)."""
+"""Tokens of a stream that may wait for their clusters before the fullest of these are loaded (B_max of Algorithm 1)."""
 
 
 class DenseTokens:

@@ -13,7 +13,7 @@ import torch
 from transformers import DynamicCache
 
 from kvsched.config import SparKVConfig
-from kvsched.sparkv import address, loader
+from kvsched.sparkv import address, loader, stream
 from kvsched.sparkv.address import chain, fingerprint
 from kvsched.sparkv.energy import PowerProfile
 from kvsched.sparkv.loader import Loader, LoadResult
@@ -76,6 +76,24 @@ def test_everything_streamed(prefix: Prefix) -> None:
     places = {(arrival.chunk, arrival.layer) for arrival in result.timeline if arrival.route == "streamed"}
     assert places == {(chunk, layer) for chunk in range(CHUNKS) for layer in range(len(result.cache.layers))}
     assert result.bytes_streamed == sum(prefix.chunk_file(chunk).stat().st_size for chunk in range(CHUNKS))
+
+
+def test_a_load_tells_how_slow_the_device_is_and_the_next_begins_with_it(prefix: Prefix) -> None:
+    config = SparKVConfig(codec="lossless", chunk_tokens=CHUNK, planner="stream")
+    first = prefix.loader(planner="stream")
+    begun = Loader(prefix.model, prefix.ids, first.manifest, first.store, config, slowdown=3.0)
+    assert first.compute_rate.factor == 1 and begun.compute_rate.factor == 3
+    assert prefix.run(begun).slowdown == 3, "nothing was computed"
+
+
+def test_requests_ask_for_enough_layers_to_keep_a_distant_link_busy(prefix: Prefix) -> None:
+    streamer = prefix.loader(goodput=1e3).streamer
+    assert streamer.fewest_layers() == 1
+    streamer = prefix.loader(goodput=1e9).streamer
+    streamer.rate.answered(0.25)
+    payloads = [size for chunk in streamer.manifest.chunks for size in chunk.payload_bytes]
+    _, most = stream._REQUESTS
+    assert streamer.fewest_layers() * most * sum(payloads) / len(payloads) >= 0.25 * 1e9
 
 
 @pytest.mark.parametrize("seed", range(6))
