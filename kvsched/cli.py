@@ -10,6 +10,8 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from kvsched_evals.suite import Suite, known_suites
+
 from .errors import KVSchedError
 
 
@@ -217,25 +219,28 @@ def trace_replay(
 
 @evaluate.command("run")
 def eval_run(
-    suite: Annotated[str, typer.Argument(help="smoke, local or full, or a YAML file like those in configs/evals.")],
+    suite: Annotated[
+        str, typer.Argument(help=f"{', '.join(known_suites())}, or a YAML file like those in configs/evals.")
+    ],
     out: Annotated[
         Path | None, typer.Option(help="The result file, <suite>.jsonl without it; an unfinished one grows.")
     ] = None,
     name: Annotated[str | None, typer.Option("--model", help="A folder or a name on the hub.")] = None,
-    limit: Annotated[int | None, typer.Option(help="Questions of each task at most.", min=1)] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="Questions of each task at most; a higher limit goes on later.", min=1)
+    ] = None,
 ) -> None:
     """Ask a suite's questions through all of its caches; interrupted, the same command goes on."""
     try:
         from kvsched_evals.run import run
-        from kvsched_evals.suite import Suite
     except ImportError as error:
         raise ImportError(f"{error}. Evaluations need: pip install 'kvsched[eval]'.") from error
     from .hub import load_model
 
-    read = Suite.load(suite).limited(limit)
+    read = Suite.load(suite)
     model, tokenizer = load_model(name)
     path = out or Path(f"{read.name}.jsonl")
-    run(read, model, tokenizer, path, shlex.join(["kvsched", *sys.argv[1:]]), typer.echo)
+    run(read, model, tokenizer, path, shlex.join(["kvsched", *sys.argv[1:]]), typer.echo, limit)
     typer.echo(path)
 
 

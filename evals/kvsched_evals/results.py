@@ -107,6 +107,7 @@ class Header(BaseModel):
         version: of kvsched.
         suite: name of the suite.
         command: that wrote the file, and that goes on with it.
+        limit: of questions of each task, context and seed; `None` where they are as many as the suite says.
         model: name or folder.
         seeds: of the questions.
         cells: all cells of the run.
@@ -119,10 +120,15 @@ class Header(BaseModel):
     version: str
     suite: str
     command: str
+    limit: Annotated[int, Field(ge=1)] | None = None
     model: str
     seeds: list[int]
     cells: list[Cell]
     machine: dict[str, Any]
+
+    def asks_more_than(self, other: Header) -> bool:
+        """Whether a run with a higher limit goes on where another one ended."""
+        return other.limit is not None and (self.limit is None or self.limit > other.limit)
 
 
 class _End(BaseModel):
@@ -170,7 +176,8 @@ class ResultFile:
 
     Args:
         path: the file; its folder is made.
-        header: of this run. A file that another version, suite or command began is refused.
+        header: of this run. A file that another version, suite or command began is refused; one with a lower limit
+            is gone on with, and is this run's from then on.
 
     Raises:
         ResultError: the file belongs to another run, or is damaged.
@@ -183,11 +190,23 @@ class ResultFile:
         if path.exists() and b"\n" in path.read_bytes():
             found, self.questions, self.finished = _parse(path)
             _same_run(path, found, header)
-            if not self.finished:
+            if header.asks_more_than(found):
+                self._take_over(header)
+            elif not self.finished:
                 _drop_half_line(path)
         else:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(header.model_dump_json() + "\n", encoding="utf-8")
+
+    def _take_over(self, header: Header) -> None:
+        lines = self._path.read_bytes().split(b"\n")[1 : 1 + len(self.questions)]
+        grown = self._path.with_name(f"{self._path.name}.grown")
+        with grown.open("wb") as file:
+            file.writelines(line + b"\n" for line in (header.model_dump_json().encode(), *lines))
+            file.flush()
+            os.fsync(file.fileno())
+        grown.replace(self._path)
+        self.finished = False
 
     def append(self, question: Question) -> None:
         """Write a finished question; it is on the disk when this returns."""
@@ -208,7 +227,10 @@ class ResultFile:
 
 
 def _same_run(path: Path, found: Header, header: Header) -> None:
-    for name in ("version", "suite", "command", "model", "cells"):
+    names = ["version", "suite", "model", "seeds", "cells"]
+    if not header.asks_more_than(found):
+        names += ["limit", "command"]
+    for name in names:
         if getattr(found, name) != getattr(header, name):
             raise ResultError(
                 f"{path} was begun with another {name}. Write to another file with --out, or delete this one."

@@ -42,6 +42,7 @@ def run(
     path: Path,
     command: str,
     show: Show = print,
+    limit: int | None = None,
 ) -> list[Question]:
     """Ask what a suite asks, or what is left of it, and write each finished question to `path`.
 
@@ -51,18 +52,20 @@ def run(
     Args:
         command: that started the run; it stands in the file.
         show: takes a line for each finished cell.
+        limit: of questions of each task, context and seed. A higher one goes on with a finished file.
 
     Raises:
         DataNotFoundError: a task's data is not on this machine.
         PackageError: a peer has no environment on this machine.
         ResultError: `path` holds the results of another run.
     """
-    machine = describe()
+    suite, machine = suite.limited(limit), describe()
     machine["versions"] |= peers.versions(suite.variants)
     header = Header(
         version=version("kvsched"),
         suite=suite.name,
         command=command,
+        limit=limit,
         model=Path(model.name_or_path).name,
         seeds=suite.seeds,
         cells=suite.cells,

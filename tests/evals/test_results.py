@@ -83,9 +83,40 @@ def test_cut_off_anywhere_it_is_refused_and_goes_on(tmp_path: Path) -> None:
 
 def test_another_run_does_not_go_on_with_it(tmp_path: Path) -> None:
     path = write(tmp_path / "smoke.jsonl", question(0))
-    for changes in ({"version": "0.0.1"}, {"command": "another"}, {"model": "n"}, {"cells": []}):
+    whole = path.read_bytes()
+    differing = (
+        {"version": "0.0.1"},
+        {"command": "another"},
+        {"model": "n"},
+        {"seeds": [1]},
+        {"cells": []},
+        {"limit": 2},
+    )
+    for changes in differing:
         with pytest.raises(ResultError, match=f"another {next(iter(changes))}"):
             ResultFile(path, HEADER.model_copy(update=changes))
+    assert path.read_bytes() == whole
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_higher_limit_goes_on_and_a_lower_one_does_not(tmp_path: Path, finished: bool) -> None:
+    path, first = tmp_path / "smoke.jsonl", HEADER.model_copy(update={"limit": 1, "command": "--limit 1"})
+    file = ResultFile(path, first)
+    file.append(question(0))
+    if finished:
+        file.finish()
+    more = HEADER.model_copy(update={"limit": 2, "command": "--limit 2"})
+    grown = ResultFile(path, more)
+    assert (grown.questions, grown.finished) == ([question(0)], False)
+    with pytest.raises(ResultError, match="unfinished"):
+        read(path)
+    grown.append(question(1))
+    grown.finish()
+    assert (read(path).header, read(path).questions) == (more, [question(0), question(1)])
+    assert list(tmp_path.iterdir()) == [path]
+    with pytest.raises(ResultError, match="another limit"):
+        ResultFile(path, first)
+    assert not ResultFile(path, HEADER).finished, "the whole suite asks more than any limit"
 
 
 @pytest.mark.parametrize(

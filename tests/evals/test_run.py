@@ -126,10 +126,21 @@ def test_every_task_is_asked_before_the_next_question_of_any(suite: Path, comman
     assert ends == ["texts", "texts", "sums", "sums"]
 
 
-def test_limit_asks_fewer_questions(suite: Path, command, tmp_path: Path) -> None:
+def test_limit_asks_fewer_questions_and_the_rest_later(suite: Path, command, tmp_path: Path) -> None:
     out = tmp_path / "own.jsonl"
-    assert command(suite, "--out", out, "--limit", "1").exit_code == 0
-    assert {one.question for one in read(out).questions} == {"0"}
+    for limit in (1, 2):
+        assert command(suite, "--out", out, "--limit", limit).exit_code == 0
+        found = read(out)
+        assert (found.header.limit, found.header.command) == (
+            limit,
+            f"kvsched eval run {suite} --out {out} --limit {limit}",
+        )
+        assert [one.question for one in found.questions if one.cache == "full"] == ["0", "1"][:limit]
+
+
+def test_the_help_names_the_suites(command) -> None:
+    shown = command("--help").stdout
+    assert all(name in shown for name in ("smoke", "peers", "q1-8k", "full"))
 
 
 def test_missing_data_says_what_fetches_it(suite: Path, command, tmp_path: Path) -> None:
