@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import threading
 import time
 from collections import deque
@@ -20,21 +21,23 @@ import platformdirs
 import torch
 from pydantic import TypeAdapter, ValidationError
 from tqdm.auto import trange
+from transformers.cache_utils import DynamicCache
 
 from .address import fingerprint
-from .forward import PrefixCache
+from .forward import PrefixCache, wait_for
 from .grid import Grid
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_FAR_CHUNKS = 8
+_FAR_CHUNKS = 16
+_SHORT = 4  # of a chunk's tokens, by this, a short prompt is made
 _ROUNDS = 3
 # Mobile links fall and rise within seconds: what a shorter look sees is not what the rest of a load will get.
 _WINDOW_SECONDS = 4.0
 _LEAST_ARRIVALS = 3
 _LEAST_SECONDS = 0.02
-_SETTLED_ARRIVALS = 10
+_SETTLED = 10, 0.15  # arrivals, and the seconds they span
 _SILENCE_SECONDS = 0.1
 _WINDOW_LAYERS = 48
 
@@ -47,13 +50,16 @@ class DeviceProfile:
         chunk_tokens: tokens in a chunk.
         base: `[layers + 1]`, seconds to compute a chunk without context to each depth; 0 at depth 0.
         per_token: `[layers + 1]`, seconds that each token of context before the chunk adds, by attention.
-        single: seconds of the model's whole pass over a single token: what its weights cost, however few the tokens.
+        short: seconds of the model's whole pass over a prompt of a quarter of a chunk, without context. It costs more
+            than its share of a chunk: weights and context are read however few the tokens.
+        short_per_token: seconds that each token of context before it adds.
     """
 
     chunk_tokens: int
     base: tuple[float, ...]
     per_token: tuple[float, ...]
-    single: float
+    short: float
+    short_per_token: float
 
     def compute_seconds(self, grid: Grid) -> np.ndarray:
         """`[chunks, layers + 1]`: seconds to compute each chunk of `grid` to each depth."""
@@ -61,9 +67,10 @@ class DeviceProfile:
         return np.array(self.base) + np.array(self.per_token) * context
 
     def pass_seconds(self, tokens: int, context: int) -> float:
-        """Seconds of the model's whole pass over `tokens` behind `context` tokens."""
+        """Seconds of the model's whole pass over `tokens` behind `context` tokens; a short prompt's at least."""
+        short = self.short + self.short_per_token * context
         chunk = self.base[-1] + self.per_token[-1] * context
-        return self.single + max(chunk - self.single, 0.0) * tokens / self.chunk_tokens
+        return float(short + max(chunk - short, 0.0) * max(_SHORT * tokens / self.chunk_tokens - 1, 0.0) / (_SHORT - 1))
 
     @classmethod
     def measure(cls, model: PreTrainedModel, chunk_tokens: int) -> DeviceProfile:
@@ -87,10 +94,12 @@ class DeviceProfile:
             (time_layers(cache, model, ids, 0), time_layers(cache, model, ids, far))
             for _ in trange(_ROUNDS, desc="measuring this device", leave=False, disable=None)
         ]
-        single = min(_time_single(model, ids[:, :1]) for _ in range(_ROUNDS))
         near_seconds, far_seconds = np.min(rounds, axis=0)
         slope = np.maximum(far_seconds - near_seconds, 0) / far
-        return cls(chunk_tokens, tuple(near_seconds.tolist()), tuple(slope.tolist()), single)
+        prompt = ids[:, : max(1, chunk_tokens // _SHORT)]
+        short, short_far = (min(_time_pass(cache, model, prompt, n) for _ in range(_ROUNDS)) for n in (0, far))
+        per_token = max(short_far - short, 0.0) / far
+        return cls(chunk_tokens, tuple(near_seconds.tolist()), tuple(slope.tolist()), short, per_token)
 
     @classmethod
     def of(cls, model: PreTrainedModel, chunk_tokens: int) -> DeviceProfile:
@@ -128,9 +137,14 @@ def time_layers(cache: PrefixCache, model: PreTrainedModel, token_ids: torch.Ten
 
 
 @torch.no_grad()
-def _time_single(model: PreTrainedModel, token_ids: torch.Tensor) -> float:
+def _time_pass(prefix: PrefixCache, model: PreTrainedModel, token_ids: torch.Tensor, context: int) -> float:
+    """Seconds of a pass over `token_ids` `[1, n]` behind `prefix`'s first `context` tokens, as in `generate()`."""
+    cache = DynamicCache(config=model.config)
+    for number, layer in enumerate(prefix.layers):
+        cache.update(layer.keys[:, :, :context], layer.values[:, :, :context], number)
     begin = time.perf_counter()
-    model(token_ids.to(model.device), use_cache=False)
+    model.base_model(input_ids=token_ids.to(model.device), past_key_values=cache, use_cache=True)
+    wait_for(model.device)
     return time.perf_counter() - begin
 
 
@@ -188,6 +202,7 @@ class LinkRate:
         self.latency = 0.0
         self.is_settled = goodput is not None
         self._known = goodput
+        self._count, self._first = 0, math.inf
         self._arrivals: deque[tuple[float, int]] = deque()
         self._lock = threading.Lock()
 
@@ -195,7 +210,8 @@ class LinkRate:
         """`size` bytes arrived at `now` (seconds, monotonic)."""
         with self._lock:
             self._arrivals.append((now, size))
-            self.is_settled |= len(self._arrivals) >= _SETTLED_ARRIVALS
+            self._count, self._first = self._count + 1, min(self._first, now)
+            self.is_settled |= self._count >= _SETTLED[0] and now - self._first >= _SETTLED[1]
             while len(self._arrivals) > _LEAST_ARRIVALS and now - self._arrivals[0][0] > _WINDOW_SECONDS:
                 self._arrivals.popleft()
 

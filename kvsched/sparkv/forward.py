@@ -22,6 +22,12 @@ class _StopForwardError(Exception):
     """Raised inside `update()` to end a forward; never leaves this module."""
 
 
+def wait_for(device: torch.device) -> None:
+    """Let `device` finish what was launched on it: before that, neither times nor plans mean anything."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
 def kv_shapes(config: PreTrainedConfig) -> list[tuple[int, int]]:
     """KV heads and head dimension of every layer, as the model's configuration states them."""
     return [
@@ -119,6 +125,7 @@ class PrefixCache(Cache):
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         states = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        wait_for(key_states.device)
         if not self._go_on(layer_idx) or layer_idx + 1 == len(self.layers):
             raise _StopForwardError
         return states

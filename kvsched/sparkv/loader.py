@@ -40,9 +40,9 @@ _REPLAN_SECONDS = 0.25
 # leaving the better path alone for. Predictions err by as much, and both paths share the processor and the memory.
 _MIN_GAIN = 0.1
 _MAX_PLANS = 100
-# Seconds that computing waits for an unknown link to show itself, in all and after its first bytes: on a fast one it
-# would only take the processor from the stream.
-_FIRST_LOOK = 0.25, 0.1
+# Seconds that computing waits for an unknown link to settle, in all and after its first bytes: on a fast one it would
+# only take the processor from the stream.
+_FIRST_LOOK = 0.35, 0.2
 _MIN_PATIENCE = 1.0  # seconds; what a sound link may well be silent for
 
 
@@ -263,6 +263,7 @@ class Loader:
         to_stream[:, :-1] = np.cumsum(open_bytes[rest, ::-1], axis=1)[:, ::-1]
         to_stream[0] += (open_bytes * missing)[:chunk].sum()
         stream = to_stream / self._goodput()
+        self._order_bands()  # those of the last plan may be of another goodput
         stream[0] += self._tail()
 
         depths = self.planner(compute, stream, self.objective)

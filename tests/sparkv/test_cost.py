@@ -11,7 +11,7 @@ from kvsched.sparkv.cost import ComputeRate, DeviceProfile, LinkRate, time_layer
 from kvsched.sparkv.forward import PrefixCache
 from kvsched.sparkv.grid import Grid
 
-PROFILE = DeviceProfile(16, (0.0, 1.0, 3.0), (0.0, 0.01, 0.02), 0.5)
+PROFILE = DeviceProfile(16, (0.0, 1.0, 3.0), (0.0, 0.01, 0.02), 1.5, 0.015)
 
 
 def test_compute_table_grows_with_context_and_depth() -> None:
@@ -27,6 +27,7 @@ def test_a_measured_profile_is_plausible(tiny_model) -> None:
     assert profile.base[0] == profile.per_token[0] == 0
     assert all(a < b for a, b in zip(profile.base, profile.base[1:], strict=False))
     assert min(profile.per_token) >= 0
+    assert profile.short > 0 and profile.short_per_token >= 0
 
 
 def test_a_far_context_that_is_no_multiple_of_a_chunk(tiny_model) -> None:
@@ -45,7 +46,7 @@ def test_each_depth_is_timed_and_computed(tiny_model) -> None:
 def test_a_profile_is_renewed_on_demand(tiny_model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(platformdirs, "user_cache_dir", lambda name: str(tmp_path))
     model = tiny_model("llama")
-    profiles = iter([DeviceProfile(64, (0.0, n, n), (0.0, 0.0, 0.0), 0.0) for n in (1.0, 2.0)])
+    profiles = iter([DeviceProfile(64, (0.0, n, n), (0.0, 0.0, 0.0), 0.0, 0.0) for n in (1.0, 2.0)])
     monkeypatch.setattr(DeviceProfile, "measure", classmethod(lambda cls, model, tokens: next(profiles)))
     first = DeviceProfile.of(model, 64)
     assert DeviceProfile.renew(model, 64) != first
@@ -61,7 +62,9 @@ def test_a_profile_is_measured_once_and_damaged_ones_again(
     monkeypatch.setattr(
         DeviceProfile,
         "measure",
-        classmethod(lambda cls, model, tokens: measured.append(tokens) or cls(tokens, (0.0,) * 3, (0.0,) * 3, 0.0)),
+        classmethod(
+            lambda cls, model, tokens: measured.append(tokens) or cls(tokens, (0.0,) * 3, (0.0,) * 3, 0.0, 0.0)
+        ),
     )
     model.config.num_hidden_layers, model.config.layer_types = 2, ["full_attention"] * 2
     first = DeviceProfile.of(model, 64)
@@ -74,10 +77,11 @@ def test_a_profile_is_measured_once_and_damaged_ones_again(
     assert measured[-1] == 32
 
 
-def test_a_short_pass_costs_at_least_what_a_single_token_does() -> None:
+def test_a_pass_costs_at_least_what_a_short_prompt_does() -> None:
     assert PROFILE.pass_seconds(16, 0) == 3.0 and PROFILE.pass_seconds(16, 100) == 5.0
-    assert PROFILE.pass_seconds(8, 0) == 0.5 + 2.5 / 2
-    assert PROFILE.pass_seconds(0, 0) == 0.5
+    assert PROFILE.pass_seconds(10, 0) == 1.5 + 1.5 / 2
+    assert PROFILE.pass_seconds(1, 0) == PROFILE.pass_seconds(4, 0) == 1.5
+    assert PROFILE.pass_seconds(4, 100) == 3.0
 
 
 def test_compute_rate_is_actual_over_predicted_of_late() -> None:
@@ -122,6 +126,22 @@ def test_latency_is_that_of_the_quickest_answer() -> None:
     for seconds in (0.3, 0.05, 0.2):
         rate.answered(seconds)
     assert rate.latency == 0.05
+
+
+def test_a_link_has_settled_after_enough_arrivals_over_some_time() -> None:
+    assert LinkRate(goodput=7.0).is_settled
+    rate = LinkRate()
+    for arrival in range(20):  # a burst
+        rate.observe(1000, 1.0 + arrival / 1000)
+    assert not rate.is_settled
+    rate.observe(1000, 1.2)
+    assert rate.is_settled
+    slow = LinkRate()
+    for second in range(9):
+        slow.observe(1000, float(second))
+    assert not slow.is_settled
+    slow.observe(1000, 9.0)
+    assert slow.is_settled
 
 
 def test_link_rate_forgets() -> None:

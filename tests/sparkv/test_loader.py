@@ -118,7 +118,7 @@ def test_any_sequence_of_plans_gives_the_same_keys(prefix: Prefix, monkeypatch: 
 
 def test_the_plan_computes_more_the_slower_the_link(prefix: Prefix, monkeypatch: pytest.MonkeyPatch) -> None:
     layers = prefix.model.config.num_hidden_layers
-    profile = loader.DeviceProfile(CHUNK, tuple(np.linspace(0, 0.1, layers + 1)), (0.0,) * (layers + 1), 0.0)
+    profile = loader.DeviceProfile(CHUNK, tuple(np.linspace(0, 0.1, layers + 1)), (0.0,) * (layers + 1), 0.0, 0.0)
     monkeypatch.setattr(loader.DeviceProfile, "of", lambda model, tokens: profile)
     computed = []
     for goodput in (1e3, 1e5, 1e6, 1e9):
