@@ -10,8 +10,6 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from kvsched_evals.suite import Suite, known_suites
-
 from .errors import KVSchedError
 
 
@@ -38,6 +36,7 @@ app.add_typer(model, name="model")
 trace = typer.Typer(help="Record what attention sees in a real run, and judge policies on it.", no_args_is_help=True)
 app.add_typer(trace, name="trace")
 
+_SUITES = sorted(path.stem for path in (Path(__file__).parents[1] / "configs" / "evals").glob("*.yaml"))
 evaluate = typer.Typer(help="Measure answers through the caches and their peers: quality, bytes, seconds.")
 app.add_typer(evaluate, name="eval", no_args_is_help=True)
 
@@ -219,9 +218,7 @@ def trace_replay(
 
 @evaluate.command("run")
 def eval_run(
-    suite: Annotated[
-        str, typer.Argument(help=f"{', '.join(known_suites())}, or a YAML file like those in configs/evals.")
-    ],
+    suite: Annotated[str, typer.Argument(help=f"{', '.join(_SUITES)}, or a YAML file like those in configs/evals.")],
     out: Annotated[
         Path | None, typer.Option(help="The result file, <suite>.jsonl without it; an unfinished one grows.")
     ] = None,
@@ -233,6 +230,7 @@ def eval_run(
     """Ask a suite's questions through all of its caches; interrupted, the same command goes on."""
     try:
         from kvsched_evals.run import run
+        from kvsched_evals.suite import Suite
     except ImportError as error:
         raise ImportError(f"{error}. Evaluations need: pip install 'kvsched[eval]'.") from error
     from .hub import load_model

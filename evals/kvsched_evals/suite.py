@@ -17,11 +17,6 @@ from .results import Cell
 SUITES = Path(__file__).parents[2] / "configs" / "evals"
 
 
-def known_suites() -> list[str]:
-    """Names of those that come with the project."""
-    return sorted(path.stem for path in SUITES.glob("*.yaml"))
-
-
 Share = Annotated[float, Field(gt=0, le=1)]
 
 
@@ -130,9 +125,8 @@ class Suite(_Checked):
             read = yaml.safe_load(path.read_text(encoding="utf-8"))
             return cls.model_validate({"name": path.stem, **read})
         except OSError as error:
-            raise ConfigError(
-                f"cannot read the suite {path}: {error}. Give a YAML file, or one of {', '.join(known_suites())}."
-            ) from error
+            known = ", ".join(sorted(each.stem for each in SUITES.glob("*.yaml")))
+            raise ConfigError(f"cannot read the suite {path}: {error}. Give a YAML file, or one of {known}.") from error
         except ValidationError as error:
             first = error.errors()[0]
             place = ".".join(map(str, first["loc"])) or "the suite"

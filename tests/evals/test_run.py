@@ -18,7 +18,7 @@ from kvsched import cli, hub
 from kvsched_evals import data
 from kvsched_evals import run as runs
 from kvsched_evals.results import Cell, Question, ResultError, read
-from kvsched_evals.suite import Suite, Variant
+from kvsched_evals.suite import SUITES, Suite, Variant
 
 SUITE = {
     "tasks": [{"task": "sums", "limit": 3}],
@@ -140,7 +140,7 @@ def test_limit_asks_fewer_questions_and_the_rest_later(suite: Path, command, tmp
 
 def test_the_help_names_the_suites(command) -> None:
     shown = command("--help").stdout
-    assert all(name in shown for name in ("smoke", "peers", "q1-8k", "full"))
+    assert all(path.stem in shown for path in SUITES.glob("*.yaml"))
 
 
 def test_missing_data_says_what_fetches_it(suite: Path, command, tmp_path: Path) -> None:
