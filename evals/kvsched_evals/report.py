@@ -83,15 +83,24 @@ def quality(questions: Sequence[Question]) -> Iterable[Section]:
 
 
 def _side_by_side(suite: str, tasks: Sequence[Sequence[Summary]]) -> Section:
-    """The score of every task through every cache, and its divergence."""
-    heads = [name for cells in tasks for name in (_title(cells[0].cell), "KL")]
-    found = [{metrics.label(one.cell): [_score(one), _divergence(one)] for one in cells} for cells in tasks]
-    caches = dict.fromkeys(name for cells in found for name in cells)
-    rows = [[name, *(text for cells in found for text in cells.get(name, ["-", "-"]))] for name in caches]
+    """The score of every task through every cache, its divergence, and in how many tasks a cache is as good.
+
+    The more numerous of both, tasks or caches, are the rows.
+    """
+    found = {_title(cells[0].cell): {metrics.label(one.cell): one for one in cells} for cells in tasks}
+    caches = list(dict.fromkeys(name for cells in found.values() for name in cells))
+    table = [["task", *caches], *([task, *(_brief(cells.get(one)) for one in caches)] for task, cells in found.items())]
+    table.append(
+        ["as good", *(_times_as_good(cells[one] for cells in found.values() if one in cells) for one in caches)]
+    )
+    if len(caches) >= len(found):
+        table = [list(column) for column in zip(*table, strict=True)]
+        table[0][0] = "cache"
     note = "The score of each task with its standard error, and the KL divergence of the next token's distribution "
-    note += "from the full cache's, in nats. Questions: "
+    note += "from the full cache's, in nats. As good as the full cache's is a score that is lower by no more than a "
+    note += "point or the standard error of the change on the same questions. Questions: "
     note += ", ".join(f"{cells[0].score.count} of {cells[0].cell.task}" for cells in tasks)
-    return Section(f"Suite {suite}", f"{note}.", ["cache", *heads], rows)
+    return Section(f"Suite {suite}", f"{note}.", table[0], table[1:])
 
 
 def _task(cells: Sequence[Summary]) -> Section:
@@ -99,8 +108,7 @@ def _task(cells: Sequence[Summary]) -> Section:
     # RULER calls its score by the prompt's length.
     metric = {str(cells[0].cell.context): "string match"}.get(cells[0].metric, cells[0].metric)
     note = f"{metric} and its standard error over {cells[0].score.count} questions. Change, log-probability and KL "
-    note += "are against the full cache on the same questions; brackets hold 95 % of bootstrapped means; as "
-    note += "good is a score that is lower by no more than a point or the standard error of its change. "
+    note += "are against the full cache on the same questions; brackets hold 95 % of bootstrapped means. "
     note += f"To prefill a prompt took {_number(cells[0].prefill_seconds, '.1f')} s, once for all caches."
     columns = {"cache": [metrics.label(one.cell) for one in cells]}
     for name, show in _COLUMNS:
@@ -289,6 +297,13 @@ def _divergence(one: Summary) -> str:
     return "-" if one.cell.cache == "full" else _number(one.kl, ".4f")
 
 
+def _brief(one: Summary | None) -> str:
+    """Score and divergence."""
+    if one is None:
+        return "-"
+    return _score(one) if one.kl is None or one.cell.cache == "full" else f"{_score(one)}, KL {_divergence(one)}"
+
+
 def _interval(difference: Difference | None) -> str:
     if difference is None:
         return "-"
@@ -301,6 +316,12 @@ def _as_good(one: Summary) -> str:
     if one.change is None or _is_text(one):
         return "-"
     return "yes" if one.change.as_good else "no"
+
+
+def _times_as_good(summaries: Iterable[Summary]) -> str:
+    """In how many tasks a cache is as good as the full one, of those that tell."""
+    told = [said for one in summaries if (said := _as_good(one)) != "-"]
+    return f"{told.count('yes')} of {len(told)}" if told else "-"
 
 
 def _is_text(one: Summary) -> bool:

@@ -16,7 +16,6 @@ from .results import Cell
 
 SUITES = Path(__file__).parents[2] / "configs" / "evals"
 
-
 Share = Annotated[float, Field(gt=0, le=1)]
 
 

@@ -138,7 +138,7 @@ def test_the_tables_say_what_was_measured(run: Path, rows: Path, tmp_path: Path)
     tables = write([run, rows, CODEC], tmp_path / "report.html")
     page = Page((tmp_path / "report.html").read_text())
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in tables.splitlines() if line[:2] == "| "]
-    body = [cells for cells in lines if cells[0] not in ("cache", "policy", "codec", "---")]
+    body = [cells for cells in lines if cells[0] not in ("cache", "task", "policy", "codec", "---")]
     assert page.cells == [cell for cells in body for cell in cells], "page and Markdown differ"
     table = {cells[0]: cells[1:] for cells in body}
     (found,) = [one for one in summarise(questions()) if one.cell == CELLS[1]]
@@ -165,16 +165,35 @@ def test_suites_stand_one_after_the_other_each_beside_its_own_full_cache(run: Pa
     heads = [line for line in lines if line.startswith("#")]
     assert heads == ["## Suite smoke", "### niah <single>, 4096 tokens", "## Suite texts", "### book, 4096 tokens"]
     assert lines[lines.index("## Suite smoke") + 4 :][:4] == [
-        "| cache | niah <single>, 4096 tokens | KL |",
+        "| cache | niah <single>, 4096 tokens | as good |",
         "| --- | --- | --- |",
         "| full | 0.500 ± 0.500 | - |",
-        "| dynakv 5 % | 0.500 ± 0.500 | 0.1550 |",
+        "| dynakv 5 % | 0.500 ± 0.500, KL 0.1550 | 1 of 1 |",
     ]
-    assert lines.count("| snapkv 10 % | -2.000 | 0.1550 |") == 1, "two suites in one table"
+    assert lines.count("| snapkv 10 % | -2.000, KL 0.1550 | - |") == 1, "two suites in one table"
     assert [line[:33] for line in lines if line.startswith("| snapkv")][1] == "| snapkv 10 % | -2.000 | -1.000 |"
     text = (tmp_path / "report.html").read_text()
     assert text.count(">Divergence as decoding goes on</h3>") == 2
     assert text.count(">Perplexity by position</h3>") == 1
+
+
+def test_tasks_are_the_rows_where_they_are_more(tmp_path: Path) -> None:
+    """The cache is worse in the last task, on both questions alike."""
+    asked = [
+        replace(question, task=task, score=question.score - (task == "c" and question.cache == "dynakv"))
+        for task in ("a", "b", "c")
+        for question in questions()
+        if question.cell in CELLS[:2]
+    ]
+    lines = write([written(tmp_path / "run.jsonl", "smoke", asked)], tmp_path / "report.html").splitlines()
+    assert lines[lines.index("## Suite smoke") + 4 :][:6] == [
+        "| task | full | dynakv 5 % |",
+        "| --- | --- | --- |",
+        "| a, 4096 tokens | 0.500 ± 0.500 | 0.500 ± 0.500, KL 0.1550 |",
+        "| b, 4096 tokens | 0.500 ± 0.500 | 0.500 ± 0.500, KL 0.1550 |",
+        "| c, 4096 tokens | 0.500 ± 0.500 | -0.500 ± 0.500, KL 0.1550 |",
+        "| as good | - | 2 of 3 |",
+    ]
 
 
 def damaged(name: str, run: Path, rows: Path) -> tuple[str, str]:
