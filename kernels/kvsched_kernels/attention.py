@@ -29,8 +29,8 @@ def decode_attention(
         softcap: scores become `softcap * tanh(score / softcap)` (Gemma 2).
         sinks: `[S, G]`, a learned score per query head that takes part in the softmax with no value (GPT-OSS).
     """
-    score = cap_scores(torch.bmm(query.float(), key.float().transpose(1, 2)) * scaling, softcap)
-    score = score.masked_fill_(~mask.unsqueeze(1), float("-inf"))
+    score = cap_scores(torch.bmm(query.float() * scaling, key.float().transpose(1, 2)), softcap)
+    score += torch.where(mask, 0.0, float("-inf")).unsqueeze(1)
     total = score.logsumexp(dim=-1)
     if sinks is not None:
         total = torch.logaddexp(total, sinks.float())
@@ -49,6 +49,6 @@ def softmax_weights(score: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
 
 def merge_parts(parts: Sequence[Part]) -> torch.Tensor:
     """Attention over all keys from its parts: float32 `[S, G, Dv]`. A stream without any key gets zeros."""
-    total = torch.stack([total for _, total in parts], dim=-1)
-    weight = softmax_weights(total, total.logsumexp(dim=-1))
-    return torch.stack([output for output, _ in parts], dim=-1).mul_(weight.unsqueeze(-2)).sum(-1)
+    outputs, totals = zip(*parts, strict=True)
+    weight = torch.stack(totals).clamp_min_(torch.finfo(torch.float32).min).softmax(0)
+    return torch.stack(outputs).mul_(weight.unsqueeze(-1)).sum(0)
