@@ -13,7 +13,9 @@ from transformers import PreTrainedModel
 
 import kvsched
 from kvsched import SparKVCache
+from kvsched.sparkv import cache as sparkv_cache
 from kvsched.sparkv import loader
+from kvsched.sparkv.store import Store
 
 pytestmark = pytest.mark.real_model
 
@@ -72,6 +74,7 @@ def test_every_staircase_gives_the_logits_of_full_prefill(
     monkeypatch.setitem(loader.PLANNERS, "optimal", lambda *_: np.array(depths))
     monkeypatch.setattr(loader, "_REPLAN_SECONDS", 1e6)  # seconds: the first plan stands
     monkeypatch.setattr(loader, "_MIN_GAIN", -1e9)
+    monkeypatch.setitem(sparkv_cache._last_goodput, Store(store).uri, 1e6)  # known, so that the plan comes first
     cache = SparKVCache(reference.model.config, store=store, **LOSSLESS)
     assert cache.load(reference.model, reference.ids).depths == tuple(depths)
     logits = reference.model(reference.ids[:, cache.get_seq_length() :], past_key_values=cache).logits[:, -1]

@@ -15,6 +15,7 @@ from transformers.cache_utils import DynamicCache
 from ..config import SparKVConfig
 from ..errors import ChunkError, StoreError
 from .address import Prefix
+from .cost import Slowdown
 from .forward import PrefixCache
 from .loader import Loader, LoadResult
 from .manifest import find
@@ -27,10 +28,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("kvsched")
 
-# What the last load found, the first guess of the next: bytes a second of each store, and how many times as long as its
-# profile says each device takes to compute while it loads.
+# What the last load found, the first guess of the next: bytes a second of each store, and how much longer than its
+# profile says each device takes.
 _last_goodput: dict[str, float] = {}
-_last_slowdown: dict[str, float] = {}
+_last_slowdown: dict[str, Slowdown] = {}
 
 
 @dataclass(frozen=True)
@@ -187,7 +188,7 @@ class SparKVCache(DynamicCache):
                 loaders.append(None)
                 continue
             end = len(ids) if overlap and len(prompts) == 1 else len(manifest.chunks) * manifest.chunk_tokens
-            known = _last_goodput.get(self._store.uri), _last_slowdown.get(str(model.device), 1.0)
+            known = _last_goodput.get(self._store.uri), _last_slowdown.get(str(model.device), Slowdown())
             loaders.append(Loader(model, ids[None, :end], manifest, self._store, self.options, *known))
         return loaders
 

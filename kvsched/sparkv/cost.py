@@ -14,7 +14,7 @@ import time
 from collections import deque
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import platformdirs
@@ -159,6 +159,18 @@ def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return torch.backends.cpu.get_cpu_capability()
+
+
+class Slowdown(NamedTuple):
+    """Actual over predicted seconds of computing beside a stream, as the last load on a device found them.
+
+    Args:
+        chunks: of chunks.
+        passing: of the model's pass over the rest of the prompt, which meets the stream's last layers.
+    """
+
+    chunks: float = 1.0
+    passing: float = 1.0
 
 
 class ComputeRate:

@@ -9,6 +9,8 @@ for. What cannot be streamed after all (a dead or stalled link, a damaged chunk)
 from __future__ import annotations
 
 import contextlib
+import itertools
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,7 +23,7 @@ import torch
 from ..config import SparKVConfig
 from ..errors import ChunkError
 from .codec import ChunkHeader, Coder
-from .cost import ComputeRate, DeviceProfile, LinkRate
+from .cost import ComputeRate, DeviceProfile, LinkRate, Slowdown
 from .energy import PowerProfile, objective_of
 from .forward import PrefixCache, kv_shapes
 from .grid import Grid
@@ -43,6 +45,7 @@ _MAX_PLANS = 100
 # Seconds that computing waits for an unknown link to settle, in all and after its first bytes: on a fast one it would
 # only take the processor from the stream.
 _FIRST_LOOK = 0.35, 0.2
+_MOST_BANDS = 8  # each is a request for every chunk
 _MIN_PATIENCE = 1.0  # seconds; what a sound link may well be silent for
 
 
@@ -52,7 +55,7 @@ class LoadResult:
 
     `depths` are layers computed of each chunk; the rest of each chunk was streamed. Seconds are wall time;
     `compute_seconds` those in which the caller's thread did not wait for the stream. `predicted_seconds` is what the
-    first plan made with a measured or remembered goodput promised. `slowdown` is actual over predicted compute time.
+    first plan made with a measured or remembered goodput promised. `slowdown` is what a next load may begin with.
     """
 
     cache: PrefixCache
@@ -63,7 +66,7 @@ class LoadResult:
     predicted_seconds: float | None
     bytes_streamed: int
     goodput: float | None
-    slowdown: float
+    slowdown: Slowdown
     joules: float | None
     plans: int
     timeline: tuple[Arrival, ...]
@@ -87,7 +90,7 @@ class Loader:
         manifest, store: what is published, and where.
         config: options of the cache.
         goodput: bytes a second that the link gave last time, or `None`.
-        slowdown: actual over predicted compute time of the last load on this device; 1 if there was none.
+        slowdown: what the last load on this device found; `None` if there was none.
     """
 
     def __init__(
@@ -98,7 +101,7 @@ class Loader:
         store: Store,
         config: SparKVConfig,
         goodput: float | None = None,
-        slowdown: float = 1.0,
+        slowdown: Slowdown | None = None,
     ) -> None:
         self.model, self.token_ids, self.manifest, self.config = model, token_ids, manifest, config
         self.shapes = kv_shapes(model.config)
@@ -116,7 +119,9 @@ class Loader:
         self.query_seconds = profile.pass_seconds(query_tokens, self.grid.tokens) if query_tokens else 0.0
         # layer_bytes[t, l]: bytes of layer l's payload; a chunk object lists them last layer first.
         self.layer_bytes = np.array([chunk.payload_bytes[::-1] for chunk in manifest.chunks], dtype=float)
-        self.compute_rate = ComputeRate(float(self.compute_table[0, -1]) / 4, slowdown)
+        slow_chunks, self.pass_slowdown = slowdown or Slowdown()
+        self.compute_rate = ComputeRate(float(self.compute_table[0, -1]) / 4, slow_chunks)
+        self._turns = list[tuple[float, float]]()  # when the pass asked for a layer, and when it went on
         self.link_rate = LinkRate(goodput)
         self.progress = Progress(self.grid)
         self.store, coder = store, Coder.of(model, config.codec)
@@ -141,14 +146,15 @@ class Loader:
     def streaming(self) -> Iterator[None]:
         """Stream for as long as the block runs."""
         self._begin = time.monotonic()
-        self._plan(0, 0)
+        if self.link_rate.is_settled:
+            self._plan(0, 0)
         with self.streamer.running():
             yield
         self._end = time.monotonic()
 
     def compute(self) -> None:
         """Compute the chunks from the front, each to its target, until the rest is left to the stream."""
-        if self._assumed_goodput and self.progress.target[0] > 0:
+        if not self.link_rate.is_settled:
             self._look_at_link()
         for chunk in range(self.grid.chunks):
             if self.progress.link_error is not None or self.progress.target[chunk] == 0:
@@ -156,18 +162,26 @@ class Loader:
             self._compute_to_target(chunk)
 
     def _look_at_link(self) -> None:
+        """Plan when the link has settled; until then everything is being streamed, from the back as in any plan."""
+        begin, progress = time.monotonic(), self.progress
         deadline = self._begin + _FIRST_LOOK[0]
-        with self.progress.changed:
+        with progress.changed:
             while (now := time.monotonic()) < deadline and not self.link_rate.is_settled:
                 if self.link_rate.latency and deadline > now + _FIRST_LOOK[1]:
                     deadline = now + _FIRST_LOOK[1]
-                if self.progress.link_error is not None:
+                if progress.link_error is not None or not progress.missing().any():
                     return
-                self.progress.changed.wait(timeout=0.005)
+                progress.changed.wait(timeout=0.005)
+        self._waited += time.monotonic() - begin
         self._plan(0, 0)
 
     def complete(self, layer: int) -> None:
         """Wait until every chunk has `layer`, or compute what the stream owes where a new plan says so."""
+        asked = time.monotonic()
+        self._bring(layer)
+        self._turns.append((asked, time.monotonic()))
+
+    def _bring(self, layer: int) -> None:
         progress = self.progress
         while True:
             with progress.changed:
@@ -215,12 +229,20 @@ class Loader:
             predicted_seconds=self.predicted_seconds,
             bytes_streamed=self.streamer.bytes_streamed,
             goodput=self.link_rate.goodput(time.monotonic()),
-            slowdown=float(self.compute_rate.factor),
+            slowdown=Slowdown(float(self.compute_rate.factor), self._observed_pass()),
             joules=joules,
             plans=self.plans,
             timeline=tuple(self.progress.timeline),
             fallback=self._fallback(),
         )
+
+    def _observed_pass(self) -> float:
+        """What to expect of the next pass over the rest of a prompt: the mean of what was expected and has come."""
+        predicted = self.query_seconds * (len(self._turns) - 1) / self.grid.layers  # the last layer's end is not seen
+        if predicted <= 0:
+            return self.pass_slowdown
+        actual = sum(asked - done for (_, done), (asked, _) in itertools.pairwise(self._turns))
+        return (self.pass_slowdown + actual / predicted) / 2
 
     def refiner(self) -> Refiner | None:
         """What makes the loaded prefix as fine as it was published; `None` if it is already."""
@@ -256,7 +278,7 @@ class Loader:
             compute[0] = (self.compute_table[chunk] - self.compute_table[chunk, layers_done]) * self.compute_rate.factor
             compute[0, :layers_done] = np.inf
             compute[:, max(reach, layers_done) + 1 :] = np.inf
-        to_pass = self.query_seconds * self.compute_rate.factor * (1 - layers_passed / layers)
+        to_pass = self.query_seconds * self.pass_slowdown * (1 - layers_passed / layers)
         compute[0] += to_pass
         # stream[t, d]: bytes of layers d.. that have not arrived, as seconds.
         to_stream = np.zeros_like(compute)
@@ -306,14 +328,14 @@ class Loader:
         """Seconds of the pass over the rest of the prompt that are left when the last byte has come."""
         bands = self.progress.bands
         last = self.grid.layers - (bands[-2] if len(bands) > 1 else 0)
-        return self.query_seconds * self.compute_rate.factor * last / self.grid.layers
+        return self.query_seconds * self.pass_slowdown * last / self.grid.layers
 
     def _order_bands(self) -> float:
         """Have those layers arrive last that the pass over the rest of the prompt does not need before they can have.
 
-        Earliest due date first, in bands that become narrower towards the end, so that little of the pass is left when
-        the last byte comes; no narrower than what keeps the link busy. A link that gave more before may give it again:
-        where it does not, the pass waits for layers, which is better than layers waiting for the pass.
+        Earliest due date first, a few layers at a time, so that the pass hardly waits while they come and little of it
+        is left when the last byte has; no fewer than what keeps the link busy. A link that gave more before may give it
+        again: where it does not, the pass waits for layers, which is better than layers waiting for the pass.
 
         Returns:
             Bytes that have not arrived of the layers that come first.
@@ -323,14 +345,11 @@ class Loader:
         if not self._assumed_goodput:
             self._best_goodput = goodput = max(self._best_goodput, goodput)
         owed = self._open_bytes()[0] * (np.arange(layers) >= progress.target[:, None])
-        late = np.cumsum(owed.sum(axis=0)[::-1]) <= self.query_seconds * self.compute_rate.factor * goodput
-        lower, bands = layers - min(int(late.sum()), layers - 1), []
-        narrowest = self.streamer.fewest_layers()
-        while lower < layers:
-            bands.append(lower)
-            lower += max(1, (layers - lower) // 2) if layers - lower > 2 * narrowest else layers
+        late = np.cumsum(owed.sum(axis=0)[::-1]) <= self.query_seconds * self.pass_slowdown * goodput
+        first = layers - min(int(late.sum()), layers - 1)
+        width = math.ceil(max(self.streamer.fewest_layers(), (layers - first) / _MOST_BANDS))
         with progress.changed:
-            progress.bands = (*bands, layers)
+            progress.bands = (*range(first, layers, width), layers)
         self.streamer.wake()
         return float(owed[:, : progress.bands[0]].sum())
 

@@ -15,6 +15,7 @@ from transformers import DynamicCache
 from kvsched.config import SparKVConfig
 from kvsched.sparkv import address, loader, stream
 from kvsched.sparkv.address import chain, fingerprint
+from kvsched.sparkv.cost import Slowdown
 from kvsched.sparkv.energy import PowerProfile
 from kvsched.sparkv.loader import Loader, LoadResult
 from kvsched.sparkv.manifest import chunk_path, find
@@ -81,9 +82,16 @@ def test_everything_streamed(prefix: Prefix) -> None:
 def test_a_load_tells_how_slow_the_device_is_and_the_next_begins_with_it(prefix: Prefix) -> None:
     config = SparKVConfig(codec="lossless", chunk_tokens=CHUNK, planner="stream")
     first = prefix.loader(planner="stream")
-    begun = Loader(prefix.model, prefix.ids, first.manifest, first.store, config, slowdown=3.0)
+    begun = Loader(prefix.model, prefix.ids, first.manifest, first.store, config, slowdown=Slowdown(3.0, 1.5))
     assert first.compute_rate.factor == 1 and begun.compute_rate.factor == 3
-    assert prefix.run(begun).slowdown == 3, "nothing was computed"
+    assert prefix.run(begun).slowdown == (3.0, 1.5), "nothing was computed, and nothing passed"
+
+
+def test_a_pass_is_timed_between_the_layers_it_asks_for(prefix: Prefix) -> None:
+    one = prefix.loader()
+    one.query_seconds = 1.0 * one.grid.layers
+    one._turns = [(0.0, 5.0), (7.0, 7.0), (11.0, 20.0)]
+    assert one.result().slowdown.passing == (1.0 + 3.0) / 2
 
 
 def test_requests_ask_for_enough_layers_to_keep_a_distant_link_busy(prefix: Prefix) -> None:
@@ -110,7 +118,7 @@ def test_any_sequence_of_plans_gives_the_same_keys(prefix: Prefix, monkeypatch: 
     monkeypatch.setitem(loader.PLANNERS, "optimal", anything)
     monkeypatch.setattr(loader, "_REPLAN_SECONDS", 0.0)
     monkeypatch.setattr(loader, "_MIN_GAIN", -1e9)
-    one = prefix.loader()
+    one = prefix.loader(goodput=1e6)  # an unknown link would have brought everything before the first plan
     one.query_seconds = float(rng.choice([0, 1]))
     prefix.run(one, layers=rng.permutation(one.grid.layers).tolist())
     assert one.result().fallback is None and one.plans >= 2

@@ -14,10 +14,12 @@ import torch
 from transformers import Cache
 
 import kvsched
+from kvsched.sparkv import cache as sparkv_cache
 from kvsched.sparkv import loader
 from kvsched.sparkv.address import refinement_address
 from kvsched.sparkv.manifest import Manifest, chunk_path
 from kvsched.sparkv.serve import running
+from kvsched.sparkv.store import Store
 from kvsched_evals.link import shaped_link
 
 CHUNK, CHUNKS = 32, 4
@@ -107,7 +109,9 @@ def test_what_was_cropped_and_filled_anew_is_left_alone(tiny_model, tmp_path: Pa
 def test_what_was_computed_stays_exact(prefix: Prefix) -> None:
     with torch.no_grad():
         exact = prefix.model(prefix.ids[:, :TOKENS]).past_key_values
-    with mock.patch.dict(loader.PLANNERS, {"layer_split": lambda compute, *_: np.full(len(compute), 3)}):
+    known = {Store(str(prefix.folder)).uri: 1e6}  # of an unknown link the plan would come too late
+    planner = {"layer_split": lambda compute, *_: np.full(len(compute), 3)}
+    with mock.patch.dict(loader.PLANNERS, planner), mock.patch.dict(sparkv_cache._last_goodput, known):
         cache = prefix.load(planner="layer_split")
     assert cache.refine().depths == (3,) * CHUNKS
     for index, (layer, computed) in enumerate(zip(cache.layers, exact.layers, strict=True)):
