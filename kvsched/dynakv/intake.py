@@ -126,11 +126,12 @@ class Intake:
         """Stream, column in the waiting region and nearest cluster of each waiting token, where there are clusters."""
         region, index = self.dense.waiting, self.clusters.index
         waiting = (self.dense.position[:, region] >= 0) & (index.count > 0).unsqueeze(1)
-        stream, column = waiting.nonzero(as_tuple=True)
+        used = waiting.any(0).nonzero()[:, 0]
+        stream, nth = waiting[:, used].nonzero(as_tuple=True)
         if len(stream) == 0:
-            return stream, column, column
-        keys = self.clusters.form.apart(self.dense.entries[:, region])[0].float()
-        return stream, column, index.tail(stream, self.policy.nearest(keys, index)[stream, column])
+            return stream, nth, nth
+        keys = self.clusters.form.apart(self.dense.entries[:, region])[0][:, used].float()
+        return stream, used[nth], index.tail(stream, self.policy.nearest(keys, index)[stream, nth])
 
     def _append_to_resident(self) -> None:
         """Append waiting tokens to clusters that are in DRAM, and split those without room for them."""

@@ -198,9 +198,8 @@ class DynaKVLayer(CacheLayerMixin):
             output = inner(module, query, key, value, attention_mask, **kwargs)
         elif not alone:
             output = self._answer_chunk(asked, own), None
-        left_window = own is not None and self._intake.take(
-            own.entries, own.position, telling(asked.query) * asked.scaling
-        )
+        prompt = None if alone else telling(asked.query) * asked.scaling
+        left_window = own is not None and self._intake.take(own.entries, own.position, prompt)
         if alone and not first:
             output = self._answer_one(asked), None
         if left_window:
@@ -237,8 +236,11 @@ class DynaKVLayer(CacheLayerMixin):
     def _located(self, entries: torch.Tensor, mask: Any) -> Tokens:
         """The newest tokens `[S, q, width]` with their positions."""
         streams, new, _ = entries.shape
-        real = real_tokens(mask, streams // self._kv_heads, new, self.device).repeat_interleave(self._kv_heads, dim=0)
-        return Tokens(entries, torch.where(real, torch.arange(self._seen - new, self._seen, device=self.device), -1))
+        position = torch.arange(self._seen - new, self._seen, device=self.device).expand(streams, new)
+        if mask is not None:
+            real = real_tokens(mask, streams // self._kv_heads, new)
+            position = torch.where(real.repeat_interleave(self._kv_heads, dim=0), position, -1)
+        return Tokens(entries, position)
 
     def _asked(
         self,

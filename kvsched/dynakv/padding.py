@@ -9,19 +9,17 @@ import torch
 from ..errors import InputError, UnsupportedModelError
 
 
-def real_tokens(mask: Any, batch: int, new: int, device: torch.device) -> torch.Tensor:
+def real_tokens(mask: Any, batch: int, new: int) -> torch.Tensor:
     """Which of the newest tokens are no padding, read off the model's attention mask: bool `[batch, new]`.
 
     Args:
-        mask: `None`; bool `[B, 1, q, kv]`, True to attend (sdpa); floating `[B, 1, q, kv]`, very negative where masked
+        mask: bool `[B, 1, q, kv]`, True to attend (sdpa); floating `[B, 1, q, kv]`, very negative where masked
             (eager); or `[B, kv]`, 0 for padding (flash attention).
 
     Raises:
         InputError: a row that has begun ends in padding.
         UnsupportedModelError: the mask is none of these.
     """
-    if mask is None:
-        return torch.ones(batch, new, dtype=torch.bool, device=device)
     if not isinstance(mask, torch.Tensor) or mask.ndim not in (2, 4):
         raise UnsupportedModelError(
             f"DynaKV cannot read padding off an attention mask of type {type(mask).__name__}. Load the model with "

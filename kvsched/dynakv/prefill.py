@@ -40,7 +40,7 @@ class Chunk:
 
     Args:
         query: `[S, G, q, D]`, of the newest q tokens.
-        mask: the model's attention mask, as `padding.real_tokens` takes it.
+        mask: the model's attention mask, `None` or as `padding.real_tokens` takes it.
         seen: tokens so far, the new ones included.
         scaling, softcap: as in `decode_attention`; sinks: `[S, G]` or `None`.
     """

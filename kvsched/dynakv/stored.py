@@ -83,9 +83,10 @@ class StoredClusters:
         at = places(to_host(stream), size, self.streams, None if kept is None else to_host(kept))
         address = to_host(self.index.address[stream, cluster])
         entries, position = self.storage.gather(address, size, at.row, self.streams * at.width)
-        positions = self._to_device(position).long().view(self.streams, at.width)
+        positions = self._to_device(position.astype(np.int64)).view(self.streams, at.width)
         streams = torch.arange(self.streams, device=self.form.device).unsqueeze(1)
-        return self.packing.unpack(entries.unflatten(0, (self.streams, at.width)), positions, streams), positions
+        entries = entries.view(self.streams, at.width, entries.shape[1])
+        return self.packing.unpack(entries, positions, streams), positions
 
     def parts(self, tokens: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """All clusters, in parts of about `tokens` tokens over all streams: stream, number, int64 `[N]` by stream."""
@@ -182,10 +183,11 @@ class StoredClusters:
 
         order = keep_order(to_host(half == 1), to_host(mask.sum(1)))
         address = self.storage.split(to_host(slots), order, to_host(size))
-        first = Clusters(stream, size[:, 0], deviation[:, 0], self._summarise(entries, half == 0))
-        self.index.replace(cluster, first)
-        second = Clusters(stream, size[:, 1], deviation[:, 1], self._summarise(entries, half == 1))
-        self.index.create(second, self._to_device(address))
+        number = self.index.create(Clusters(stream, size[:, 1], deviation[:, 1], {}), self._to_device(address))
+        first, second = (self._summarise(entries, half == side) for side in (0, 1))
+        vectors = {name: torch.cat([first[name], second[name]]) for name in first}
+        halves = Clusters(stream.repeat(2), size.T.flatten(), deviation.T.flatten(), vectors)
+        self.index.replace(torch.cat([cluster, number]), halves)
         self.splits.index_add_(0, stream, torch.ones_like(stream))
         each = torch.arange(self.largest, device=stream.device)
         shifted = (self._to_device(order) != each) & (each < size[:, :1])

@@ -364,14 +364,13 @@ def test_reading_padding_off_a_mask():
     sdpa = (causal & left.bool()[:, None, :])[:, None]
     eager = torch.where(sdpa, 0.0, torch.finfo(torch.float32).min)
     for mask in (left, sdpa, eager, torch.where(sdpa, 0.0, float("-inf"))):
-        assert torch.equal(real_tokens(mask, 2, 5, torch.device("cpu")), left.bool())
-        assert torch.equal(real_tokens(mask, 2, 4, torch.device("cpu")), left[:, 1:].bool())
-    assert real_tokens(None, 2, 5, torch.device("cpu")).all()
-    assert real_tokens(sdpa[1:], 3, 5, torch.device("cpu")).shape == (3, 5)
-    assert real_tokens(sdpa[:, :, :2, :2], 2, 2, torch.device("cpu")).tolist() == [[False, False], [True, True]]
+        assert torch.equal(real_tokens(mask, 2, 5), left.bool())
+        assert torch.equal(real_tokens(mask, 2, 4), left[:, 1:].bool())
+    assert real_tokens(sdpa[1:], 3, 5).shape == (3, 5)
+    assert real_tokens(sdpa[:, :, :2, :2], 2, 2).tolist() == [[False, False], [True, True]]
     right = (causal & left.flip(1).bool()[:, None, :])[:, None]
     for mask in (left.flip(1), right):
         with pytest.raises(InputError, match="padding_side"):
-            real_tokens(mask, 2, 5, torch.device("cpu"))
+            real_tokens(mask, 2, 5)
     with pytest.raises(UnsupportedModelError, match="sdpa"):
-        real_tokens(object(), 2, 5, torch.device("cpu"))
+        real_tokens(object(), 2, 5)
