@@ -6,7 +6,6 @@ import gc
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -106,13 +105,14 @@ def test_what_was_cropped_and_filled_anew_is_left_alone(tiny_model, tmp_path: Pa
     assert all(bool((layer.keys[:, :, TOKENS - 20 :] == 7).all()) for layer in cache.layers)
 
 
-def test_what_was_computed_stays_exact(prefix: Prefix) -> None:
+def test_what_was_computed_stays_exact(prefix: Prefix, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A link that is known is planned with at once, and this plan stands whatever it promises.
+    monkeypatch.setitem(sparkv_cache._last_goodput, Store(str(prefix.folder)).uri, 1e6)
+    monkeypatch.setitem(loader.PLANNERS, "layer_split", lambda compute, *_: np.full(len(compute), 3))
+    monkeypatch.setattr(loader, "_MIN_GAIN", -1e9)
     with torch.no_grad():
         exact = prefix.model(prefix.ids[:, :TOKENS]).past_key_values
-    known = {Store(str(prefix.folder)).uri: 1e6}  # of an unknown link the plan would come too late
-    planner = {"layer_split": lambda compute, *_: np.full(len(compute), 3)}
-    with mock.patch.dict(loader.PLANNERS, planner), mock.patch.dict(sparkv_cache._last_goodput, known):
-        cache = prefix.load(planner="layer_split")
+    cache = prefix.load(planner="layer_split")
     assert cache.refine().depths == (3,) * CHUNKS
     for index, (layer, computed) in enumerate(zip(cache.layers, exact.layers, strict=True)):
         kept = slice(-computed.keys.shape[2], None)
