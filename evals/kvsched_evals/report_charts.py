@@ -84,13 +84,13 @@ class Chart:
 
 
 def styles(labels: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """How each label is drawn, in all charts; the marks are hollow where colours come round again."""
+    """How each label is drawn, in all charts; where colours come round again the marks are hollow, then others."""
     names = sorted(set(labels), key=lambda one: (_NAMED.index(one) if one in _NAMED else len(_NAMED), one))
     drawn = {}
     for number, name in enumerate(names):
         again, kind = divmod(number, len(_COLOURS))
-        colour = _COLOURS[kind]
-        drawn[name] = {"color": colour, "marker": _MARKS[kind], "markerfacecolor": "none" if again % 2 else colour}
+        colour, mark = _COLOURS[kind], _MARKS[(kind + again // 2) % len(_MARKS)]
+        drawn[name] = {"color": colour, "marker": mark, "markerfacecolor": "none" if again % 2 else colour}
     return drawn
 
 

@@ -18,6 +18,7 @@ from kvsched_evals import results
 from kvsched_evals.machine import describe
 from kvsched_evals.metrics import summarise
 from kvsched_evals.report import write
+from kvsched_evals.report_charts import styles
 from kvsched_evals.report_inputs import read_files
 from kvsched_evals.results import Cell, Question, ResultError
 
@@ -194,6 +195,11 @@ def test_tasks_are_the_rows_where_they_are_more(tmp_path: Path) -> None:
         "| c, 4096 tokens | 0.500 ± 0.500 | -0.500 ± 0.500, KL 0.1550 |",
         "| as good | - | 2 of 3 |",
     ]
+
+
+def test_no_two_lines_look_alike() -> None:
+    drawn = styles([f"cache {number}" for number in range(100)])
+    assert len({tuple(one.values()) for one in drawn.values()}) == 100
 
 
 def damaged(name: str, run: Path, rows: Path) -> tuple[str, str]:
