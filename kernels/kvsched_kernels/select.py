@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
@@ -61,30 +64,27 @@ def choose_clusters(score: torch.Tensor, size: torch.Tensor, budget: torch.Tenso
         from .gpu.select import choose_clusters as kernel
 
         return kernel(score, size, budget, mass, considered)
-    score = score.masked_fill(size == 0, float("-inf"))
-    order = score.topk(considered, dim=1).indices
-    sizes = size.gather(1, order).cpu().numpy().astype(np.int64)  # few and small: numpy takes a third of the time
-    left = budget.cpu().numpy()
-    taken = np.zeros(sizes.shape, dtype=bool)
+    there = size > 0
+    order = score.masked_fill(~there, float("-inf")).topk(considered, dim=1).indices
+    sizes = asked = size.gather(1, order).tolist()
+    wanted = [math.inf] * len(sizes)
     if mass < 1:
-        worth = torch.where(size == 0, 0.0, score * size)
-        wanted, share = (part.cpu().numpy() for part in (worth.sum(1, keepdim=True) * mass, worth.gather(1, order)))
-        held = np.zeros_like(wanted)
-    candidate = (sizes > 0) & (sizes <= left)
-    while candidate.any():
-        # All candidates up to the first that overflows are taken at once. That one exceeds what is then left, so each
-        # round closes at least one candidate in every stream that has any.
-        asked = sizes * candidate
-        upto = asked.cumsum(1)
-        fits = candidate & (upto <= left)
-        if mass < 1:
-            mine = share * candidate
-            before = held + mine.cumsum(1) - mine  # of what was taken, as far as all before it are
-            enough = (upto - asked <= left) & (before >= wanted)
-            fits, candidate = fits & ~enough, candidate & ~enough
-            held = held + (share * fits).sum(1, keepdims=True)
-        taken |= fits
-        left = left - (asked * fits).sum(1, keepdims=True)
-        candidate &= ~fits & (sizes <= left)
-    chosen = torch.from_numpy(taken).to(order.device)
+        held = torch.where(there, score * size, 0.0)
+        wanted, asked = (held.sum(1) * mass).tolist(), held.gather(1, order).tolist()
+    # One by one: few fit a budget, and a loop over plain numbers is faster than rounds over all at once.
+    taken = b"".join(map(_fitting, sizes, budget[:, 0].tolist(), asked, wanted))
+    chosen = torch.from_numpy(np.frombuffer(bytearray(taken), dtype=bool)).view_as(order).to(order.device)
     return torch.zeros_like(size, dtype=torch.bool).scatter_(1, order, chosen)
+
+
+def _fitting(sizes: Sequence[int], room: int, held: Sequence[float], wanted: float) -> bytearray:
+    """A byte for each cluster, 1 for those that are taken in turn while they fit `room`, until they hold `wanted`."""
+    taken = bytearray(len(sizes))
+    for i, size in enumerate(sizes):
+        if room == 0 or wanted <= 0:
+            break
+        if 0 < size <= room:
+            taken[i] = 1
+            room -= size
+            wanted -= held[i]
+    return taken

@@ -56,7 +56,7 @@ def places(stream: np.ndarray, size: np.ndarray, streams: int, kept: np.ndarray 
     wanted = None if kept is None else kept[np.arange(kept.shape[1]) < size[:, None]]
     taken = of if wanted is None else of[wanted]
     per_stream = np.bincount(taken, minlength=streams)
-    width = int(per_stream.max())
+    width = max(per_stream.tolist())
     before = np.arange(streams) * width - (np.cumsum(per_stream) - per_stream)
     place = np.arange(len(taken)) + before[taken]
     if wanted is None:

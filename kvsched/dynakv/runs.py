@@ -55,7 +55,7 @@ def merge(start: np.ndarray, length: np.ndarray, sector: int, waste: float = WAS
     opens[:1] = opens[shortest[~bridged] + 1] = True
     begins = np.flatnonzero(opens)
     offset = first[begins]
-    size = last[np.flatnonzero(np.roll(opens, -1))] - offset
+    size = last[np.append(begins, len(start))[1:] - 1] - offset
     run = np.empty(len(start), dtype=np.int64)
     run[order] = opens.cumsum() - 1
     memory = size.cumsum() - size
