@@ -215,6 +215,7 @@ class LinkRate:
         self.is_settled = goodput is not None
         self._known = goodput
         self._count, self._first = 0, math.inf
+        self._decoded_bytes, self._decode_seconds = 0, 0.0
         self._arrivals: deque[tuple[float, int]] = deque()
         self._lock = threading.Lock()
 
@@ -227,6 +228,10 @@ class LinkRate:
             while len(self._arrivals) > _LEAST_ARRIVALS and now - self._arrivals[0][0] > _WINDOW_SECONDS:
                 self._arrivals.popleft()
 
+    def decoded(self, size: int, seconds: float) -> None:
+        """`size` bytes took `seconds` to decode, beside whatever else the processor had to do."""
+        self._decoded_bytes, self._decode_seconds = self._decoded_bytes + size, self._decode_seconds + seconds
+
     def answered(self, seconds: float) -> None:
         """A request's first bytes came after `seconds`."""
         self.latency = min(self.latency or seconds, seconds)
@@ -238,8 +243,15 @@ class LinkRate:
             self._known = known
             self._arrivals.clear()
 
+    def throughput(self, now: float) -> float | None:
+        """Bytes a second that come into place: the link's goodput, or what decoding makes of it if that is less."""
+        goodput = self.goodput(now)
+        if goodput is None or self._decode_seconds == 0:
+            return goodput
+        return min(goodput, self._decoded_bytes / self._decode_seconds)
+
     def goodput(self, now: float) -> float | None:
-        """Bytes a second at `now`.
+        """Bytes a second of the link at `now`.
 
         Measured from arrival to arrival: what comes before the first is latency, and what comes after the last is part
         of the next. Only silence that is longer than the gaps so far counts.

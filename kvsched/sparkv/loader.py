@@ -165,15 +165,18 @@ class Loader:
         """Plan when the link has settled; until then everything is being streamed, from the back as in any plan."""
         begin, progress = time.monotonic(), self.progress
         deadline = self._begin + _FIRST_LOOK[0]
+
+        def is_loading() -> bool:
+            return progress.link_error is None and bool(progress.missing().any())
+
         with progress.changed:
-            while (now := time.monotonic()) < deadline and not self.link_rate.is_settled:
+            while (now := time.monotonic()) < deadline and not self.link_rate.is_settled and is_loading():
                 if self.link_rate.latency and deadline > now + _FIRST_LOOK[1]:
                     deadline = now + _FIRST_LOOK[1]
-                if progress.link_error is not None or not progress.missing().any():
-                    return
                 progress.changed.wait(timeout=0.005)
         self._waited += time.monotonic() - begin
-        self._plan(0, 0)
+        if is_loading():
+            self._plan(0, 0)
 
     def complete(self, layer: int) -> None:
         """Wait until every chunk has `layer`, or compute what the stream owes where a new plan says so."""
@@ -306,8 +309,8 @@ class Loader:
         self._predict(max(makespan(compute, stream, progress.target[rest]), first_band / self._goodput() + to_pass))
 
     def _goodput(self) -> float:
-        """Bytes a second. Until anything is known of the link it is taken to be as fast as computing."""
-        measured = self.link_rate.goodput(time.monotonic())
+        """Bytes a second, decoded. Until anything is known of the link it is taken to be as fast as computing."""
+        measured = self.link_rate.throughput(time.monotonic())
         self._assumed_goodput = measured is None
         return measured or self.layer_bytes.sum() / self.compute_table[:, -1].sum()
 

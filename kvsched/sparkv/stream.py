@@ -323,7 +323,9 @@ class Streamer:
     def _take_payloads(self, chunk: int, header: ChunkHeader, upper: int, received: bytearray) -> int:
         """Decode every payload that has arrived whole; the lowest layer that is in place now."""
         while upper > 0 and len(received) >= (entry := header.layers[len(header.layers) - upper]).length:
+            begin = time.monotonic()
             keys, values = self.coder.decode(header, entry, bytes(received[: entry.length]))
+            self.rate.decoded(entry.length, time.monotonic() - begin)
             del received[: entry.length]
             self.deliver(chunk, entry.layer, keys, values)
             upper -= 1

@@ -120,6 +120,15 @@ def test_link_rate_is_measured_from_arrival_to_arrival() -> None:
     assert rate.goodput(21.0) == 200  # silence counts
 
 
+def test_throughput_is_bound_by_decoding() -> None:
+    rate = LinkRate(goodput=100.0)
+    assert LinkRate().throughput(0.0) is None and rate.throughput(0.0) == 100
+    rate.decoded(30, 0.1)
+    assert rate.throughput(0.0) == 100
+    rate.decoded(30, 1.4)
+    assert rate.throughput(0.0) == 60 / 1.5 and rate.goodput(0.0) == 100
+
+
 def test_latency_is_that_of_the_quickest_answer() -> None:
     rate = LinkRate()
     assert rate.latency == 0
