@@ -224,7 +224,7 @@ def eval_run(
     ] = None,
     name: Annotated[str | None, typer.Option("--model", help="A folder or a name on the hub.")] = None,
     limit: Annotated[
-        int | None, typer.Option(help="Questions of each task at most; a higher limit goes on later.", min=1)
+        int | None, typer.Option(help="Questions of each task at most; a higher limit may follow.", min=1)
     ] = None,
 ) -> None:
     """Ask a suite's questions through all of its caches; interrupted, the same command goes on."""

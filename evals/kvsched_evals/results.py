@@ -6,6 +6,7 @@ A run appends; interrupted, it goes on where it was. What is read for a report h
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from importlib.metadata import version
@@ -126,10 +127,6 @@ class Header(BaseModel):
     cells: list[Cell]
     machine: dict[str, Any]
 
-    def asks_more_than(self, other: Header) -> bool:
-        """Whether a run with a higher limit goes on where another one ended."""
-        return other.limit is not None and (self.limit is None or self.limit > other.limit)
-
 
 class _End(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -176,8 +173,8 @@ class ResultFile:
 
     Args:
         path: the file; its folder is made.
-        header: of this run. A file that another version, suite or command began is refused; one with a lower limit
-            is gone on with, and is this run's from then on.
+        header: of this run. A file that another version, suite or command began is refused; one with another
+            limit, which it has not gone beyond, is gone on with and is this run's from then on.
 
     Raises:
         ResultError: the file belongs to another run, or is damaged.
@@ -189,8 +186,8 @@ class ResultFile:
         self.finished = False
         if path.exists() and b"\n" in path.read_bytes():
             found, self.questions, self.finished = _parse(path)
-            _same_run(path, found, header)
-            if header.asks_more_than(found):
+            _same_run(path, found, header, self.questions)
+            if found.limit != header.limit:
                 self._take_over(header)
             elif not self.finished:
                 _drop_half_line(path)
@@ -226,15 +223,18 @@ class ResultFile:
             os.fsync(file.fileno())
 
 
-def _same_run(path: Path, found: Header, header: Header) -> None:
+def _same_run(path: Path, found: Header, header: Header, questions: Iterable[Question]) -> None:
     names = ["version", "suite", "model", "seeds", "cells"]
-    if not header.asks_more_than(found):
-        names += ["limit", "command"]
+    if found.limit == header.limit:
+        names.append("command")
     for name in names:
         if getattr(found, name) != getattr(header, name):
             raise ResultError(
                 f"{path} was begun with another {name}. Write to another file with --out, or delete this one."
             )
+    asked = max(Counter(one.cell for one in questions).values(), default=0)
+    if header.limit is not None and asked > header.limit:
+        raise ResultError(f"{path} holds {asked} questions of a task already. Write to another file with --out.")
 
 
 def _drop_half_line(path: Path) -> None:

@@ -52,7 +52,7 @@ def run(
     Args:
         command: that started the run; it stands in the file.
         show: takes a line for each finished cell.
-        limit: of questions of each task, context and seed. A higher one goes on with a finished file.
+        limit: of questions of each task, context and seed. Another one goes on with a file that it asks all of.
 
     Raises:
         DataNotFoundError: a task's data is not on this machine.

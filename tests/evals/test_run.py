@@ -15,10 +15,10 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from kvsched import cli, hub
-from kvsched_evals import data
+from kvsched_evals import data, report
 from kvsched_evals import run as runs
 from kvsched_evals.results import Cell, Question, ResultError, read
-from kvsched_evals.suite import SUITES, Suite, Variant
+from kvsched_evals.suite import SUITES, Suite
 
 SUITE = {
     "tasks": [{"task": "sums", "limit": 3}],
@@ -150,34 +150,36 @@ def test_missing_data_says_what_fetches_it(suite: Path, command, tmp_path: Path)
     assert "make eval-data" in ran.stderr
 
 
-def test_the_readme_shows_the_committed_results() -> None:
+@pytest.mark.parametrize(("page", "suite"), [("README.md", "smoke")])
+def test_the_pages_show_the_committed_results(page: str, suite: str) -> None:
     root = Path(__file__).parents[2]
-    found = read(root / "evals/results/smoke.jsonl")
-    shown = (root / "README.md").read_text()
-    for cell in found.header.cells:
-        variant = Variant(cell.cache, cell.policy, cell.budget, cell.codec)
-        assert runs.summary(cell, variant, [one for one in found.questions if one.cell == cell]) in shown
+    found = read(root / "evals" / "results" / f"{suite}.jsonl")
+    assert found.header.cells == Suite.load(suite).cells, "measured from another suite"
+    *_, table = report.markdown([next(iter(report.quality(found.questions)))]).partition("\n| ")
+    assert table in (root / page).read_text()
 
 
 @pytest.mark.real_model
 def test_the_smoke_suite_on_the_real_model(real_model, tmp_path: Path) -> None:
     """A short question of each task: caches that keep everything give the full cache's answer, others come near it."""
     smoke = Suite.load("smoke").limited(1).model_dump()
-    tasks = [{**task, "contexts": [512], "max_gen_toks": 8} for task in smoke["tasks"]]
+    tasks = [{**task, "contexts": [320], "max_gen_toks": 4} for task in smoke["tasks"]]
     caches: list[dict[str, Any]] = [
         {"cache": "full"},
         {"cache": "dynakv", "policy": ["dynakv"], "budget": [1.0, 0.1]},
-        {"cache": "sparkv", "codec": ["balanced"]},
+        {"cache": "sparkv", "codec": ["lossless", "balanced", "progressive"]},
     ]
     suite = Suite.model_validate({**smoke, "tasks": tasks, "caches": caches})
     path = tmp_path / "smoke.jsonl"
     runs.run(suite, *real_model, path, "test", lambda line: None)
     found = read(path).questions
-    assert len(found) == len(tasks) * 4
-    for full, everything, some, balanced in zip(*[iter(found)] * 4, strict=True):
+    assert len(found) == len(tasks) * 6
+    for full, everything, some, lossless, balanced, progressive in zip(*[iter(found)] * 6, strict=True):
         assert max(full.kl) == 0
-        assert max(everything.kl) < 1e-4
-        assert full.answer == everything.answer
+        for exact in (everything, lossless):
+            assert max(exact.kl) < 1e-4
+            assert exact.answer == full.answer
         assert 0 < statistics.fmean(some.kl) < 1
-        assert 0 < statistics.fmean(balanced.kl) < 0.05
-        assert balanced.bytes_read > 0
+        for lossy in (balanced, progressive):
+            assert 0 < statistics.fmean(lossy.kl) < 0.05
+            assert 0 < lossy.bytes_read < lossless.bytes_read
