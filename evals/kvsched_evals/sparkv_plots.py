@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -43,43 +44,42 @@ def surface(measured: dict[str, Any]) -> Any:
     A shade spans the slowest and the fastest run of each case.
     """
     cases = [case for case in measured["cases"].values() if "@" not in case["link"]]
-    if not cases:
+    cells = sorted({(case["context"], case["rtt_ms"]) for case in cases if case["planner"] != "local"})
+    if not cells:
         return None
-    contexts, rtts = (sorted({case[name] for case in cases}) for name in ("context", "rtt_ms"))
-    figure, axes = plt.subplots(
-        len(contexts), len(rtts), figsize=(5 * len(rtts), 3.6 * len(contexts)), squeeze=False, sharex=True, sharey="row"
-    )
-    planners = [name for name in LINES if any(case["planner"] == name for case in cases)]
-    for row, context in enumerate(contexts):
-        for column, rtt in enumerate(rtts):
-            panel = axes[row][column]
-            here = [
-                case
-                for case in cases
-                if case["context"] == context and (case["rtt_ms"] == rtt or case["planner"] == "local")
-            ]
-            for planner in planners:
-                label, style = LINES[planner]
-                points = sorted(
-                    (float(one["link"]), one["ttft"], *one["spread"]) for one in here if one["planner"] == planner
-                )
-                if points:
-                    mbit, median, fastest, slowest = zip(*points, strict=True)
-                    panel.plot(mbit, median, label=label, markersize=4, **style)
-                    panel.fill_between(mbit, fastest, slowest, color=style["color"], alpha=0.15, linewidth=0)
-            panel.set(xscale="log", yscale="log", title=f"{context} tokens, {rtt:g} ms round trip")
-            rates = sorted({float(case["link"]) for case in cases})
-            panel.set_xticks(rates, [f"{rate:g}" for rate in rates])
-            panel.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
-            panel.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
-            panel.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
-            panel.minorticks_off()
-            panel.grid(alpha=0.3)
-            if row == len(contexts) - 1:
-                panel.set_xlabel("link, Mbit/s")
-            if column == 0:
-                panel.set_ylabel("time to first token, s")
-    handles, labels = axes[0][0].get_legend_handles_labels()
+    columns = min(2, len(cells))
+    rows = -(-len(cells) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(5 * columns, 3.6 * rows), squeeze=False, sharex=True)
+    rates = sorted({float(case["link"]) for case in cases})
+    lines: dict[str, Any] = {}
+    for panel, (context, rtt) in itertools.zip_longest(axes.flat, cells, fillvalue=(None, None)):
+        if context is None:
+            panel.axis("off")
+            continue
+        here = [
+            case
+            for case in cases
+            if case["context"] == context and (case["rtt_ms"] == rtt or case["planner"] == "local")
+        ]
+        for planner, (label, style) in LINES.items():
+            points = sorted(
+                (float(one["link"]), one["ttft"], *one["spread"]) for one in here if one["planner"] == planner
+            )
+            if points:
+                mbit, median, fastest, slowest = zip(*points, strict=True)
+                (lines[label],) = panel.plot(mbit, median, markersize=4, **style)
+                panel.fill_between(mbit, fastest, slowest, color=style["color"], alpha=0.15, linewidth=0)
+        panel.set(xscale="log", yscale="log", title=f"{context} tokens, {rtt:g} ms round trip")
+        panel.set(xlabel="link, Mbit/s", ylabel="time to first token, s")
+        panel.set_xticks(rates, [f"{rate:g}" for rate in rates])
+        panel.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+        panel.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
+        panel.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
+        panel.minorticks_off()
+        panel.tick_params(labelbottom=True)
+        panel.grid(alpha=0.3)
+    shown = [(lines[label], label) for label, _ in LINES.values() if label in lines]
+    handles, labels = zip(*shown, strict=True)
     figure.legend(handles, labels, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=min(len(labels), 4))
     figure.tight_layout()
     return figure
