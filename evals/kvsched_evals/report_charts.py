@@ -28,6 +28,7 @@ _COLOURS = (
     "#858b95",
 )
 _LEGEND_COLUMNS = 2
+_DECADES = 1e4  # between the ends of a logarithmic axis: over more of them only powers of ten are named
 _MARKS = "osD^vPX*<>"
 _NAMED = ("dynakv", "static", "local", "quest", "token-topk", "retroinfer", "clusterkv", "sparkv", "oracle")
 # matplotlib draws with these, and the page's own take their place.
@@ -118,7 +119,8 @@ def svg(chart: Chart, style: Mapping[str, Mapping[str, Any]]) -> str:
             axes.axhspan(height - half, height + half, color=_GRID, alpha=0.5, linewidth=0)
         if chart.log_y:
             axes.set_yscale("log")
-            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            low, high = axes.get_ylim()
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < _DECADES * low else (1,)))
             axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
             axes.yaxis.set_minor_formatter(NullFormatter())
         axes.xaxis.set_major_locator(FixedLocator(chart.places) if chart.places else MaxNLocator(6))

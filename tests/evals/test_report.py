@@ -18,7 +18,7 @@ from kvsched_evals import results
 from kvsched_evals.machine import describe
 from kvsched_evals.metrics import summarise
 from kvsched_evals.report import write
-from kvsched_evals.report_charts import styles
+from kvsched_evals.report_charts import Chart, Line, styles, svg
 from kvsched_evals.report_inputs import read_files
 from kvsched_evals.results import Cell, Question, ResultError
 
@@ -200,6 +200,17 @@ def test_tasks_are_the_rows_where_they_are_more(tmp_path: Path) -> None:
 def test_no_two_lines_look_alike() -> None:
     drawn = styles([f"cache {number}" for number in range(100)])
     assert len({tuple(one.values()) for one in drawn.values()}) == 100
+
+
+@pytest.mark.parametrize(
+    ("low", "named"), [(1e-6, ["1e-06", "0.0001", "0.01", "1"]), (0.1, ["0.1", "0.2", "0.5", "1"])]
+)
+def test_numbers_on_a_logarithmic_axis_have_room(low: float, named: list[str]) -> None:
+    line = Line("dynakv", [0.0, 1.0], [low, 1.0])
+    drawn = svg(Chart("title", "x", "y", [line], log_y=True), styles(["dynakv"]))
+    shown = re.findall(r">([^<>]+)</text>", drawn)
+    assert set(named) <= set(shown)
+    assert len(shown) < 24, f"they stand on each other: {shown}"
 
 
 def damaged(name: str, run: Path, rows: Path) -> tuple[str, str]:
