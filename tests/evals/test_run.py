@@ -150,7 +150,9 @@ def test_missing_data_says_what_fetches_it(suite: Path, command, tmp_path: Path)
     assert "make eval-data" in ran.stderr
 
 
-@pytest.mark.parametrize(("page", "suite"), [("README.md", "smoke"), ("docs/quality.md", "peers")])
+@pytest.mark.parametrize(
+    ("page", "suite"), [("README.md", "smoke"), ("docs/quality.md", "peers"), ("docs/quality.md", "q1")]
+)
 def test_the_pages_show_the_committed_results(page: str, suite: str) -> None:
     root = Path(__file__).parents[2]
     found = read(root / "evals" / "results" / f"{suite}.jsonl")
