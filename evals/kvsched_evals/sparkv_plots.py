@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -52,10 +51,9 @@ def surface(measured: dict[str, Any]) -> Any:
     figure, axes = plt.subplots(rows, columns, figsize=(5 * columns, 3.6 * rows), squeeze=False, sharex=True)
     rates = sorted({float(case["link"]) for case in cases})
     lines: dict[str, Any] = {}
-    for panel, (context, rtt) in itertools.zip_longest(axes.flat, cells, fillvalue=(None, None)):
-        if context is None:
-            panel.axis("off")
-            continue
+    for panel in axes.flat[len(cells) :]:
+        panel.axis("off")
+    for panel, (context, rtt) in zip(axes.flat, cells, strict=False):
         here = [
             case
             for case in cases
