@@ -30,7 +30,7 @@ def decode_attention(
         sinks: `[S, G]`, a learned score per query head that takes part in the softmax with no value (GPT-OSS).
     """
     score = cap_scores(torch.bmm(query.float() * scaling, key.float().transpose(1, 2)), softcap)
-    score += torch.where(mask, 0.0, float("-inf")).unsqueeze(1)
+    score.masked_fill_(~mask.unsqueeze(1), float("-inf"))  # not added: what is masked may be infinite
     total = score.logsumexp(dim=-1)
     if sinks is not None:
         total = torch.logaddexp(total, sinks.float())

@@ -68,3 +68,12 @@ def test_nothing_to_attend_to_gives_zeros():
     assert torch.isinf(
         decode_attention(query, key[:, :0], key[:, :0], torch.zeros(2, 0, dtype=torch.bool), 1.0)[1]
     ).all()
+
+
+def test_masked_keys_may_be_infinite() -> None:
+    query, value = torch.ones(1, 2, 4), torch.arange(3.0).view(1, 3, 1)
+    key, mask = torch.zeros(1, 3, 4), torch.tensor([[True, False, True]])
+    expected, total = decode_attention(query, key, value, mask, 1.0)
+    key[0, 1] = float("inf")
+    output, same = decode_attention(query, key, value, mask, 1.0)
+    assert torch.equal(output, expected) and torch.equal(same, total)
