@@ -188,7 +188,7 @@ class SparKVCache(DynamicCache):
                 loaders.append(None)
                 continue
             end = len(ids) if overlap and len(prompts) == 1 else len(manifest.chunks) * manifest.chunk_tokens
-            known = _last_goodput.get(self._store.uri), _last_slowdown.get(str(model.device), Slowdown())
+            known = _last_goodput.get(self._store.uri), _last_slowdown.get(str(model.device))
             loaders.append(Loader(model, ids[None, :end], manifest, self._store, self.options, *known))
         return loaders
 
