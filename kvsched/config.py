@@ -201,8 +201,8 @@ class DynaKVConfig(CacheConfig):
         prefill: how several new tokens attend to earlier ones that lie on flash (a prompt in chunks, a second turn,
             candidates of an assistant): `exact` lets all of them pass by, `retrieval` fetches `budget` tokens for
             every block of queries, which reads less and is not exact.
-        cluster_size: mean tokens in a cluster; `None` takes the policy's own, 2.75 for `dynakv`. Fewer find more of the
-            attention with the same budget, and need more DRAM for the index.
+        cluster_size: mean tokens in a cluster; `None` takes the policy's own, 24 for `dynakv`. Fewer find more of the
+            attention with the same budget, need more DRAM for the index, and are read from flash in smaller pieces.
         max_cluster_size: a cluster is split rather than grow beyond this.
         storage: how keys and values lie in clusters, on flash and in DRAM; `auto` is the model's own dtype, so nothing
             is lost. `int8` and `fp8` take 8 bits a number and a factor for each key and value: with `int8` a number of
@@ -220,7 +220,7 @@ class DynaKVConfig(CacheConfig):
     dram: int | str = "64MiB"
     prefill: Literal["exact", "retrieval"] = "exact"
     cluster_size: float | None = None
-    max_cluster_size: int = 16
+    max_cluster_size: int = 48
     storage: Literal["auto", "float32", "float16", "bfloat16", "int8", "fp8"] = "auto"
     io_threads: int = 8
 

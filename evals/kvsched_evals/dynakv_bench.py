@@ -36,7 +36,7 @@ from .machine import keep
 
 POLICIES = ("dynakv", "static", "local", "token-topk")
 BUDGETS = (64, 128, 256, 512)
-CLUSTER_SIZES = (2.0, 2.75, 4.0, 8.0, 16.0, 25.0)
+CLUSTER_SIZES = (8.0, 16.0, 24.0, 40.0)
 TRACE_TOKENS, TRACE_PROMPT = 9216, 1024
 TRACE = Path(tempfile.gettempdir()) / "kvsched-dynakv-trace.safetensors"
 OUT = Path("evals/results/dynakv.json")
@@ -67,7 +67,7 @@ def quality(trace: Trace, layers: Sequence[int], budget: int, every: int, dram: 
         "budgets": {policy: {str(tokens): outcome(policy, budget=tokens) for tokens in budgets} for policy in compared},
         "on_flash": outcome("dynakv", budget=budget, dram=dram),
         "cluster_sizes": {
-            str(size): outcome("dynakv", budget=budget, cluster_size=size, max_cluster_size=max(16, int(3 * size)))
+            str(size): outcome("dynakv", budget=budget, cluster_size=size, max_cluster_size=int(2 * size))
             for size in CLUSTER_SIZES
         },
     }

@@ -1,7 +1,8 @@
 """The DRAM tier: entries of resident clusters, in rows that any cluster may take.
 
-A cluster takes as many rows as it has entries, wherever they are free, and a table says which; so nothing is lost to
-clusters smaller than the largest, appending takes one more row, and splitting moves rows without copying them.
+A cluster takes a row for each of its entries that is here, wherever one is free, and a table says which; so nothing is
+lost to clusters smaller than the largest, appending takes one more row, splitting moves rows without copying them, and
+of a cluster that was read only what a query wants has to stay.
 """
 
 from __future__ import annotations
@@ -16,6 +17,9 @@ POSITION_BYTES = 4
 ROW_TABLES = 6
 """Bytes beside its entry that a row takes: its number while it is free, and two flags."""
 
+
+_NOWHERE = -1
+"""In place of a row: the entry is not here."""
 
 _SLOTS_AT_ONCE = 4096
 """Slots that are looked at together when rows move, so that this takes no memory beside the budget."""
@@ -41,7 +45,7 @@ class Arena:
         self.stored = np.zeros(rows, dtype=bool)
         self.limit = rows
         self.touched = 0
-        self._table = np.zeros((0, largest), dtype=np.int32)
+        self._table = np.full((0, largest), _NOWHERE, dtype=np.int32)
         # Taken from the end, so that low rows come first and the rest stays untouched.
         self._free = np.arange(rows - 1, -1, -1, dtype=np.int32)
         self._free_count = rows
@@ -67,18 +71,19 @@ class Arena:
         """int32: the rows at `offset` of `slots` (broadcast); anything beyond a slot's size."""
         return self._table[slots, offset]
 
-    def rows_of(self, slots: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-        """int32: the rows of `slots` that hold `sizes` entries, slot by slot."""
-        return self._table[slots][np.arange(self._table.shape[1]) < sizes[:, None]]
+    def holds(self, slots: np.ndarray) -> np.ndarray:
+        """bool `[..., largest]`: which entries of `slots` are here; none where a slot is -1."""
+        if len(self._table) == 0:
+            return np.zeros((*slots.shape, self._table.shape[1]), dtype=bool)
+        return (self._table[slots] >= 0) & (slots >= 0)[..., None]
 
-    def take(self, slots: np.ndarray, begin: np.ndarray, end: np.ndarray) -> np.ndarray:
-        """Give rows to offsets `begin` to `end` of `slots` (int64 `[N]` each).
+    def take(self, slot: np.ndarray, offset: np.ndarray) -> np.ndarray:
+        """Give rows to entries that are not here, at `offset` of `slot` (int64 `[N]` each).
 
         Returns:
-            int32, the rows, slot by slot; neither clean nor stored.
+            int32, the rows; neither clean nor stored.
         """
-        self._cover(slots)
-        slot, offset = places(slots, begin, end)
+        self._cover(slot)
         self._free_count -= len(slot)
         assert self._free_count >= 0, "room was not made"
         rows = self._free[self._free_count : self._free_count + len(slot)][::-1]
@@ -87,9 +92,11 @@ class Arena:
         self.touched = max(self.touched, int(rows.max(initial=-1)) + 1)
         return rows
 
-    def drop(self, slots: np.ndarray, sizes: np.ndarray) -> None:
-        """Free the rows of slots that hold `sizes` entries."""
-        self._give_back(self.rows_of(slots, sizes))
+    def drop(self, slots: np.ndarray) -> None:
+        """Free all rows of `slots`."""
+        rows = self._table[slots]
+        self._give_back(rows[rows >= 0])
+        self._table[slots] = _NOWHERE
 
     def permute(self, slots: np.ndarray, order: np.ndarray, size: np.ndarray) -> np.ndarray:
         """Rows of `slots` in another order, `[N, n]`; clean only where a row of the first `size` stays."""
@@ -98,18 +105,19 @@ class Arena:
         offset = np.arange(rows.shape[1])
         moved = (offset < size[:, None]) & (rows != old)
         self.clean[rows[moved]] = False
-        self._table[slots] = rows
+        self._table[slots] = np.where(offset < size[:, None], rows, _NOWHERE)
         return rows
 
     def assign(self, slots: np.ndarray, rows: np.ndarray, size: np.ndarray) -> None:
         """Give `slots` the first `size` of `rows` `[N, n]`, which were other slots'; they are no longer clean."""
         self._cover(slots)
-        self._table[slots, : rows.shape[1]] = rows
-        self.clean[rows[np.arange(rows.shape[1]) < size[:, None]]] = False
+        own = np.arange(rows.shape[1]) < size[:, None]
+        self._table[slots, : rows.shape[1]] = np.where(own, rows, _NOWHERE)
+        self.clean[rows[own]] = False
 
-    def shrink(self, limit: int, slots: np.ndarray, sizes: np.ndarray) -> None:
-        """Give the memory of rows from `limit` on back; what `slots` (all there are) hold there moves below."""
-        slot, offset = self._above(limit, slots, sizes)
+    def shrink(self, limit: int) -> None:
+        """Give the memory of rows from `limit` on back; what slots hold there moves below."""
+        slot, offset = self._above(limit)
         source = self._table[slot, offset]
         free = self._free[: self._free_count]
         below = free[free < limit]
@@ -125,14 +133,12 @@ class Arena:
         if len(self._memory) > first:
             self._memory.madvise(mmap.MADV_DONTNEED, first, len(self._memory) - first)
 
-    def _above(self, limit: int, slots: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _above(self, limit: int) -> tuple[np.ndarray, np.ndarray]:
         """Slot and offset of what lies in rows from `limit` on; some slots at a time, so that it takes no memory."""
-        offset, found = np.arange(self._table.shape[1]), [(slots[:0], slots[:0])]
-        for start in range(0, len(slots), _SLOTS_AT_ONCE):
-            some = slots[start : start + _SLOTS_AT_ONCE]
-            inside = offset < sizes[start : start + _SLOTS_AT_ONCE, None]
-            nth, at = ((self._table[some] >= limit) & inside).nonzero()
-            found.append((some[nth], at))
+        found = [(np.zeros(0, dtype=np.int64),) * 2]
+        for start in range(0, len(self._table), _SLOTS_AT_ONCE):
+            slot, at = (self._table[start : start + _SLOTS_AT_ONCE] >= limit).nonzero()
+            found.append((slot + start, at))
         slot, at = (np.concatenate(parts) for parts in zip(*found, strict=True))
         return slot, at
 
@@ -149,7 +155,7 @@ class Arena:
 
     def _cover(self, slots: np.ndarray) -> None:
         if (have := len(self._table)) <= (most := int(slots.max(initial=-1))):
-            more = np.zeros((max(most + 1, have * 9 // 8, 64) - have, self._table.shape[1]), dtype=np.int32)
+            more = np.full((max(most + 1, have * 9 // 8, 64) - have, self._table.shape[1]), _NOWHERE, dtype=np.int32)
             self._table = np.concatenate([self._table, more])
 
     def _give_back(self, rows: np.ndarray) -> None:

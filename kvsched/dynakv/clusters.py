@@ -15,6 +15,8 @@ import torch
 
 from kvsched_kernels import moments
 
+from .ranks import ranks
+from .residuals import TokenResiduals
 from .table import VectorTable
 
 _ROOM = 64
@@ -30,16 +32,14 @@ class Clusters:
         size: int64 `[N]`, tokens.
         deviation: float32 `[N]`, sum over tokens and channels of squared deviations from the mean key.
         vectors: for each table float32 `[N, width]`.
+        keys: float32 `[size.sum(), D]`, of their tokens in turn, where the index keeps residuals.
     """
 
     stream: torch.Tensor
     size: torch.Tensor
     deviation: torch.Tensor
     vectors: Mapping[str, torch.Tensor]
-
-    def __getitem__(self, part: slice | torch.Tensor) -> Clusters:
-        vectors = {name: vector[part] for name, vector in self.vectors.items()}
-        return Clusters(self.stream[part], self.size[part], self.deviation[part], vectors)
+    keys: torch.Tensor | None = None
 
 
 class ClusterIndex:
@@ -49,6 +49,7 @@ class ClusterIndex:
 
     Attributes:
         tables: a `VectorTable` for each of `forms`, which gives name, numbers and bits a number.
+        residuals: how the tokens' keys differ from the mean keys; `None` where that is not kept.
         size: uint8 `[S, C]` (int16 where clusters may exceed 255 tokens), 0 where there is no cluster.
         deviation: bfloat16 `[S, C]`; it only ranks clusters.
         address: int32 `[S, C]`, where the entries lie.
@@ -63,6 +64,7 @@ class ClusterIndex:
         max_size: int,
         device: torch.device,
         chained: bool = False,
+        residual_bits: int = 0,
     ) -> None:
         self.width = 0
         self.tables = {name: VectorTable(streams, width, bits, device) for name, (width, bits) in forms.items()}
@@ -71,13 +73,20 @@ class ClusterIndex:
         self.address = torch.zeros(streams, 0, dtype=torch.int32, device=device)
         self.parent = torch.zeros(streams, 0, dtype=torch.int32, device=device)
         self.count = torch.zeros(streams, dtype=torch.long, device=device)
+        self.residuals = (
+            TokenResiduals(streams, forms["key"][0], residual_bits, self.size) if residual_bits > 0 else None
+        )
         self._per_cluster = ("size", "deviation", "address", *(["parent"] if chained else []))
 
     @property
     def nbytes(self) -> int:
         """Bytes of what grows with the clusters."""
-        tables = sum(table.nbytes for table in self.tables.values())
+        tables = sum(table.nbytes for table in self._parts.values())
         return tables + sum(getattr(self, name).nbytes for name in self._per_cluster)
+
+    @property
+    def _parts(self) -> dict[str, VectorTable | TokenResiduals]:
+        return {**self.tables, **({} if self.residuals is None else {"residuals": self.residuals})}
 
     @property
     def tokens(self) -> torch.Tensor:
@@ -114,7 +123,7 @@ class ClusterIndex:
                 old = getattr(self, name)
                 more = old.new_zeros(old.shape[0], wanted - capacity, *old.shape[2:])
                 setattr(self, name, torch.cat([old, more], dim=1))
-            for table in self.tables.values():
+            for table in self._parts.values():
                 table.grow(wanted)
         self.address[clusters.stream, number] = address.to(self.address)
         if "parent" in self._per_cluster:
@@ -130,6 +139,26 @@ class ClusterIndex:
             self.tables[name].write(stream, number, vectors)
         self.size[stream, number] = clusters.size.to(self.size)
         self.deviation[stream, number] = clusters.deviation.to(self.deviation)
+        if self.residuals is not None and clusters.keys is not None:
+            mean = self.tables["key"].at(stream, number).repeat_interleave(clusters.size, dim=0)
+            self.residuals.put(stream, number, clusters.size, clusters.keys - mean)
+
+    def append(self, stream: torch.Tensor, number: torch.Tensor, keys: torch.Tensor) -> None:
+        """Add tokens, float32 `keys` `[M, D]`, to clusters (int64 `[M]`, ascending), whose vectors stay."""
+        assert self.residuals is not None
+        residual = keys - self.tables["key"].at(stream, number)
+        one = torch.ones_like(stream)
+        self.size.index_put_((stream, number), one.to(self.size), accumulate=True)
+        deviation = self.deviation.float()
+        deviation.index_put_((stream, number), residual.square().sum(-1), accumulate=True)
+        self.deviation = deviation.to(self.deviation)
+        self.residuals.append(stream, number, residual)
+
+    def empty(self, stream: torch.Tensor, number: torch.Tensor) -> None:
+        """Let clusters hold nothing; they keep their numbers until `drop_empty`."""
+        self.size[stream, number] = 0
+        if self.residuals is not None:
+            self.residuals.put(stream, number, torch.zeros_like(number), self.residuals.none)
 
     def tail(self, stream: torch.Tensor, cluster: torch.Tensor) -> torch.Tensor:
         """The cluster that a token joins which is nearest to `cluster`: the last of its chain. int64 `[N]`."""
@@ -161,7 +190,7 @@ class ClusterIndex:
     def state(self) -> dict[str, torch.Tensor]:
         """Everything that it is made of, by name."""
         own = {name: getattr(self, name) for name in self._per_cluster}
-        return own | {f"{of}.{name}": part for of, table in self.tables.items() for name, part in table.state().items()}
+        return own | {f"{of}.{name}": part for of, table in self._parts.items() for name, part in table.state().items()}
 
     def restore(self, take: Callable[..., torch.Tensor], addresses: torch.Tensor) -> None:
         """Become what `state` gave; `take(name, dtype, *shape)` hands the tensors out.
@@ -176,6 +205,8 @@ class ClusterIndex:
             setattr(self, name, take(name, getattr(self, name).dtype, streams, room))
         for of, table in self.tables.items():
             table.restore(functools.partial(_under, take, of), room)
+        if self.residuals is not None:
+            self.residuals.restore(functools.partial(_under, take, "residuals"), size)
         live = size > 0
         self.count = live.sum(1)
         self.width = int(self.count.max())
@@ -195,7 +226,7 @@ class ClusterIndex:
         self.width = int(self.count.max())
         for name in self._per_cluster:
             setattr(self, name, getattr(self, name).gather(1, order))
-        for table in self.tables.values():
+        for table in self._parts.values():
             table.permute(order)
         if "parent" in self._per_cluster:
             # A chain is named by its first cluster; that one may be gone.
@@ -207,7 +238,10 @@ class ClusterIndex:
 
     def truncate(self, count: torch.Tensor) -> None:
         """Forget all clusters of each stream but the first `count` (int64 `[S]`)."""
-        self.size[torch.arange(self.size.shape[1], device=count.device) >= count.unsqueeze(1)] = 0
+        gone = torch.arange(self.size.shape[1], device=count.device) >= count.unsqueeze(1)
+        self.size[gone] = 0
+        if self.residuals is not None:
+            self.residuals.truncate(gone)
         self.count = count.clone()
         self.width = int(count.max())
 
@@ -215,21 +249,10 @@ class ClusterIndex:
         """Keep `streams` (int64, repeats allowed) in this order. Repeated clusters have the same addresses."""
         for name in (*self._per_cluster, "count"):
             setattr(self, name, getattr(self, name)[streams])
-        for table in self.tables.values():
+        for table in self._parts.values():
             table.select(streams)
         self.width = int(self.count.max())
 
 
 def _under(take: Callable[..., torch.Tensor], of: str, name: str, *form: Any) -> torch.Tensor:
     return take(f"{of}.{name}", *form)
-
-
-def ranks(group: torch.Tensor) -> torch.Tensor:
-    """How many equal values stand before each value: int64 `[N]` for integers `[N]` in any order."""
-    order = group.argsort(stable=True)
-    position = torch.arange(len(group), device=group.device)
-    ordered = group[order]
-    first = torch.ones_like(ordered, dtype=torch.bool)
-    first[1:] = ordered[1:] != ordered[:-1]
-    start = torch.where(first, position, 0).cummax(0).values if len(group) else position
-    return torch.empty_like(position).scatter_(0, order, position - start)

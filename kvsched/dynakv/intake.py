@@ -1,7 +1,8 @@
 """What becomes of tokens that leave the recent window: DynaKV's Algorithm 1, and the ways it is compared with.
 
-A token waits in DRAM until its nearest cluster is there too, so that joining it costs no read; clusters that grew too
-large or too wide are split while they are in DRAM. When too many wait, the clusters most of them wait for are loaded.
+A token joins its nearest cluster without a read where that has room on flash. Else it waits in DRAM until the cluster
+is there too; when too many wait, the clusters most of them wait for are loaded. Clusters that grew too large or too
+wide are split.
 """
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ import torch
 from kvsched_kernels import moments
 
 from .affinity import number
-from .clusters import ranks
 from .dense import BATCH, WAITING, DenseTokens
 from .policies import pages
+from .ranks import ranks
 from .stored import StoredClusters
 
 
@@ -58,6 +59,8 @@ class Intake:
         """Bring waiting tokens into their clusters until no more than `WAITING` wait in any stream (Algorithm 1)."""
         while True:
             self._append_to_resident()
+            if self.policy.residual_bits:
+                self._append_unread()
             waiting = self.dense.position[:, self.dense.waiting] >= 0
             over = waiting.sum(1) > WAITING
             if not over.any():
@@ -161,6 +164,22 @@ class Intake:
             if fits.all():
                 return
 
+    def _append_unread(self) -> None:
+        """Append waiting tokens to clusters on flash that have room for them."""
+        stream, column, cluster = self._waiting_clusters()
+        if len(stream) == 0:
+            return
+        clusters, width = self.clusters, self.clusters.index.width
+        group, of, count = torch.unique(stream * width + cluster, return_inverse=True, return_counts=True)
+        fits = clusters.have_room(group // width, group % width, count)
+        order = of.argsort(stable=True)
+        order = order[fits[of[order]]]
+        stream, column, cluster = stream[order], column[order], cluster[order]
+        region = self.dense.waiting
+        entries, position = self.dense.entries[:, region], self.dense.position[:, region]
+        clusters.append_unread(stream, cluster, entries[stream, column], position[stream, column])
+        self.dense.end_wait(stream, column)
+
     def _append(
         self,
         stream: torch.Tensor,
@@ -206,20 +225,17 @@ class Intake:
             self.clusters.fetch(group[part] // width, group[part] % width)
 
     def _split_widest(self) -> None:
-        """Split clusters in DRAM until there is one for `cluster_size` tokens, those with the largest deviation first.
+        """Split clusters until there is one for `cluster_size` tokens, those with the largest deviation first.
 
         So the threshold tau of a head, which the paper leaves open, is the deviation above which there is room for its
-        clusters in an index of the size wanted. A wide cluster on flash keeps its rank until a query brings it.
+        clusters in an index of the size wanted. Of the widest clusters those on flash are read: that is one for as many
+        tokens as a cluster holds, and the paper's forced splits read as much.
         """
         index = self.clusters.index
         room = (index.tokens / self.policy.cluster_size).long() - index.count
         if not (room > 0).any():
             return
-        stream, cluster = index.clusters()
-        here = self.clusters.resident(stream, cluster)
-        worth = torch.zeros_like(index.deviation, dtype=torch.float32)
-        worth[stream[here], cluster[here]] = index.deviation[stream[here], cluster[here]].float()
-        worth[index.size < 2] = 0.0
+        worth = index.deviation.float().masked_fill_(index.size < 2, 0.0)
         best = worth.topk(min(int(room.max()), worth.shape[1]), dim=1)
         rank = torch.arange(best.indices.shape[1], device=worth.device)
         stream, column = ((rank < room.unsqueeze(1)) & (best.values > 0)).nonzero(as_tuple=True)

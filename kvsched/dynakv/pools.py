@@ -103,7 +103,7 @@ class Pools:
 
     def __init__(self, largest: int, grain: int = 1) -> None:
         self.largest, self.grain = largest, grain
-        self.end = 0
+        self.end = self.entries = 0
         self._free = FreePlaces()
         self._chunks: dict[int, tuple[int, int]] = {}
         self._open: dict[int, list[int]] = {}
@@ -123,8 +123,12 @@ class Pools:
 
     @property
     def used(self) -> int:
-        """Clusters there are."""
+        """Clusters there are; `entries` counts what they hold."""
         return self._addresses.used
+
+    def size(self, addresses: np.ndarray) -> np.ndarray:
+        """int64: entries of each cluster."""
+        return self._size[addresses].astype(np.int64)
 
     @property
     def nbytes(self) -> int:
@@ -185,6 +189,7 @@ class Pools:
     def resize(self, addresses: np.ndarray, sizes: np.ndarray) -> np.ndarray:
         """Let clusters (each once) have other sizes; bool `[N]`: which had to move to another place."""
         moved = np.zeros(len(addresses), dtype=bool)
+        self.entries += int((sizes - self.size(addresses)).sum())
         smaller = sizes < self._size[addresses]
         self._size[addresses[smaller]] = sizes[smaller]
         for i in np.flatnonzero(sizes > self._size[addresses]).tolist():
@@ -199,8 +204,17 @@ class Pools:
                 moved[i] = True
         return moved
 
+    def have_room(self, addresses: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+        """bool `[N]`: which clusters (each once) would not have to move if all of them had these sizes."""
+        after = self._size.astype(np.int64)
+        after[addresses] = sizes
+        pool = self._pool[addresses]
+        partner = self._member[pool, 1 - self._side[addresses]]
+        return sizes + np.where(partner >= 0, after[partner], 0) <= self._capacity[pool]
+
     def free(self, addresses: np.ndarray) -> None:
         """Forget clusters."""
+        self.entries -= int(self.size(addresses).sum())
         for address in addresses.tolist():
             self._leave(address)
         self._addresses.give_back(addresses)
@@ -275,6 +289,7 @@ class Pools:
         addresses = self._addresses.take(len(sizes))
         self._make_room(self._PER_CLUSTER, self._addresses.limit)
         self._size[addresses] = sizes
+        self.entries += int(sizes.sum())
         return addresses
 
     def _new_pools(self, start: np.ndarray, capacity: np.ndarray, group: np.ndarray) -> np.ndarray:

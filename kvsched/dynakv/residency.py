@@ -22,7 +22,7 @@ UPDATED_WITHIN = 16
 RESERVED = 0.25
 """Share of the budget that recently updated clusters keep whatever else is asked for. The paper leaves it open."""
 
-HALF_LIFE, SMALL, AHEAD = 1.5, 0.25, 2.0
+HALF_LIFE, SMALL, AHEAD = 1.5, 1.0, 2.0
 """Of `ClusterAligned`: what did best over budgets of one to three steps' clusters on a recorded decode."""
 
 SPARE = 1 / 64
@@ -240,7 +240,7 @@ class Residency:
         return self._slot_of.cover(addresses)[addresses] >= 0
 
     def size(self, slots: np.ndarray) -> np.ndarray:
-        """int64: entries in each slot."""
+        """int64: entries in each slot, which may be a part of the cluster's."""
         return self._size[slots].astype(np.int64)
 
     def address(self, slots: np.ndarray) -> np.ndarray:
@@ -251,14 +251,14 @@ class Residency:
         """int64: all slots that hold a cluster."""
         return np.flatnonzero(self._size > 0)
 
-    def admit(self, addresses: np.ndarray, sizes: np.ndarray, fresh: bool = False) -> tuple[np.ndarray, Evicted]:
-        """Make room for clusters (int64 `[n]`, each once) of `sizes` entries.
+    def admit(self, addresses: np.ndarray, lacking: np.ndarray, fresh: bool = False) -> tuple[np.ndarray, Evicted]:
+        """Make room for `lacking` more entries of clusters (int64 `[n]` each, every cluster once).
 
         Args:
             fresh: they are new, so that it is neither a hit nor a miss that they are not resident.
 
         Returns:
-            The slot of each, -1 where it was not resident (`enter` gives it one), and who leaves.
+            The slot of each, -1 where nothing of it was resident (`enter` gives it one), and who leaves.
 
         Raises:
             ConfigError: the budget cannot hold all that this round uses.
@@ -268,9 +268,10 @@ class Residency:
         self._used_in[here] = self.clock.round
         self.policy.use(addresses, self.clock)
         if not fresh:
-            self.hits += len(here)
-            self.misses += len(addresses) - len(here)
-        return slots, self.make_room(int(sizes[slots < 0].sum()))
+            misses = int(np.count_nonzero(lacking))
+            self.hits += len(addresses) - misses
+            self.misses += misses
+        return slots, self.make_room(int(lacking.sum()))
 
     def enter(self, addresses: np.ndarray, sizes: np.ndarray) -> np.ndarray:
         """Slots, int64 `[n]`, for clusters that room was made for."""
@@ -284,6 +285,11 @@ class Residency:
         self._slot_of.cover(addresses)[addresses] = slots
         self.used += int(sizes.sum())
         return slots
+
+    def extend(self, slots: np.ndarray, more: np.ndarray) -> None:
+        """Slots hold `more` entries of their clusters than before, which room was made for."""
+        self._size[slots] += more.astype(np.int32)
+        self.used += int(more.sum())
 
     def resize(self, slots: np.ndarray, sizes: np.ndarray) -> None:
         """Clusters of this round changed, and have other sizes; `make_room` came first if they are larger."""
@@ -363,7 +369,7 @@ def replay(accesses: Iterable[Access], capacity: int, policy: Callable[[], Polic
     found = np.zeros(4, dtype=np.int64)
     for access in accesses:
         table.begin(access.step)
-        slots, _ = table.admit(access.addresses, access.sizes)
+        slots, _ = table.admit(access.addresses, np.where(table.holds(access.addresses), 0, access.sizes))
         here = slots >= 0
         if access.step >= skip:
             found += [len(here), here.sum(), access.sizes.sum(), access.sizes[here].sum()]

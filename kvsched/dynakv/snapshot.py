@@ -22,7 +22,7 @@ from safetensors.torch import save as save_tables
 
 from ..errors import FlashError
 
-VERSION = 2
+VERSION = 3
 FORMAT = "kvsched clusters"
 MANIFEST = "clusters.json"
 _NAME = re.compile(r"clusters-[0-9a-f]{16}\.(bin|safetensors)")

@@ -161,53 +161,78 @@ class ClusterStorage:
         if self._unfit:
             self._fit()
 
-    def fetch(self, addresses: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-        """The slots of clusters (each once for every owner) that hold `sizes` entries; those not resident are read.
+    def fetch(self, addresses: np.ndarray, sizes: np.ndarray, wanted: np.ndarray | None = None) -> np.ndarray:
+        """The slots of clusters (each once for every owner) that hold `sizes` entries; those that lack any are read.
+
+        Args:
+            wanted: bool `[N, m]`, the entries that have to be there; `None` for all.
 
         Raises:
             ConfigError: the DRAM budget cannot hold them at once (`gather` and `rounds` take them in parts).
             FlashError: reading or writing back failed.
         """
+        if wanted is None:
+            wanted = np.arange(int(sizes.max(initial=0))) < sizes[:, None]
         if self._extra_owners:
             addresses, first, of = np.unique(addresses, return_index=True, return_inverse=True)
-            return self._fetch(addresses, sizes[first])[of]
-        return self._fetch(addresses, sizes)
+            by_any = np.zeros((len(addresses), wanted.shape[1]), dtype=bool)
+            np.logical_or.at(by_any, of, wanted)
+            return self._fetch(addresses, sizes[first], by_any)[of]
+        return self._fetch(addresses, sizes, wanted)
 
-    def _fetch(self, addresses: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-        slots, evicted = self.table.admit(addresses, sizes)
+    def _fetch(self, addresses: np.ndarray, sizes: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+        needed = wanted & ~self.arena.holds(self.table.slot_of(addresses))[:, : wanted.shape[1]]
+        lacking = needed.sum(1)
+        slots, evicted = self.table.admit(addresses, lacking)
         self._evict(evicted)
-        if (missing := slots < 0).any():
-            slots[missing] = self.table.enter(addresses[missing], sizes[missing])
-            self._load(addresses[missing], sizes[missing], slots[missing])
+        if (read := lacking > 0).any():
+            absent = slots < 0
+            slots[absent] = self.table.enter(addresses[absent], lacking[absent])
+            self.table.extend(slots[~absent], lacking[~absent])
+            self._load(addresses[read], sizes[read], slots[read], needed[read])
             self._unfit |= self.arena.nbytes + self.table.nbytes > self._tables_of_slots
         return slots
 
     def gather(
-        self, addresses: np.ndarray, sizes: np.ndarray, row: np.ndarray | None = None, rows: int = 0
+        self,
+        addresses: np.ndarray,
+        sizes: np.ndarray,
+        wanted: np.ndarray | None = None,
+        row: np.ndarray | None = None,
+        rows: int = 0,
     ) -> tuple[torch.Tensor, np.ndarray]:
-        """Entries of clusters, `[sizes.sum(), width]`, cluster after cluster, and their positions, int32.
+        """Entries of clusters, `[n, width]`, cluster after cluster, and their positions, int32.
 
         It starts rounds of its own: clusters that DRAM cannot hold at once come one part after the other.
 
         Args:
-            row: int64 `[sizes.sum()]`, where each entry goes among `rows` instead, -1 for those left out. What no entry
-                goes to is 0, at position -1.
+            wanted: bool `[N, m]`, which entries; `None` for all.
+            row: int64 `[n]`, where each goes among `rows` instead. What no entry goes to is 0, at position -1.
         """
+        if wanted is None:
+            wanted = np.arange(int(sizes.max(initial=0))) < sizes[:, None]
         if row is None:
-            rows = int(sizes.sum())
+            rows = int(wanted.sum())
             row = np.arange(rows)
-        data = np.zeros(rows + 1, dtype=self.arena.data.dtype)  # the last takes what is left out
+        ends = np.cumsum(self._taken(addresses, sizes, wanted))
+        data = np.zeros(max(1, rows), dtype=self.arena.data.dtype)  # none would have no memory to look at
         entries, position = self.arena.apart(data)
         position[:] = -1
-        ends, start, done = np.cumsum(sizes), 0, 0
+        start = done = held = 0
         while start < len(sizes):
             self.begin()
-            part = slice(start, max(start + 1, int(np.searchsorted(ends, done + self.table.capacity, side="right"))))
-            slots = self.fetch(addresses[part], sizes[part])
-            there = self.arena.rows_of(slots, sizes[part])
-            data[row[done : done + len(there)]] = self.arena.data[there]
-            start, done = part.stop, done + len(there)
-        return self._to_tensor(entries[:-1]), position[:-1].copy()
+            part = slice(start, max(start + 1, int(np.searchsorted(ends, held + self.table.capacity, side="right"))))
+            slots = self.fetch(addresses[part], sizes[part], wanted[part])
+            nth, offset = wanted[part].nonzero()
+            data[row[done : done + len(nth)]] = self.arena.data[self.arena.rows(slots[nth], offset)]
+            start, done, held = part.stop, done + len(nth), int(ends[part.stop - 1])
+        return self._to_tensor(entries[:rows]), position[:rows].copy()
+
+    def _taken(self, addresses: np.ndarray, sizes: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+        """Entries that clusters take in DRAM, at most, when what is `wanted` of them is there: what is there stays."""
+        if self.complete or self._extra_owners:
+            return sizes
+        return (wanted | self.holds(addresses)[:, : wanted.shape[1]]).sum(1)
 
     def prefetch(self, addresses: np.ndarray, sizes: np.ndarray) -> None:
         """Start reading clusters that may be asked for next, as many as the buffer takes; nothing waits for them.
@@ -218,7 +243,7 @@ class ClusterStorage:
         if self._extra_owners:
             first = np.sort(np.unique(addresses, return_index=True)[1])
             addresses, sizes = addresses[first], sizes[first]
-        away = np.flatnonzero(~self.table.holds(addresses))
+        away = np.flatnonzero(~self.resident(addresses))
         if len(away) == 0:
             return
         start, length, _ = self._stretches(addresses[away], sizes[away])
@@ -254,12 +279,12 @@ class ClusterStorage:
             if len(parts) > 1:
                 self.begin()
             slots = self._enter(addresses[part], sizes[part])
-            rows = self.arena.take(slots, np.zeros_like(slots), sizes[part])
+            rows = self.arena.take(*places(slots, np.zeros_like(slots), sizes[part]))
             held = slice(int(ends[part.stop - 1]) - len(rows), int(ends[part.stop - 1]))
             self._fill(rows, entries[held], None if position is None else position[held])
             if self.pools.end > self.table.capacity:
                 # Most will leave DRAM. Now they are neighbours, later each would share its first and last sector.
-                self._write_back(slots, addresses[part], sizes[part])
+                self._write_back(slots, addresses[part])
         self._unfit = True
         return addresses
 
@@ -284,13 +309,39 @@ class ClusterStorage:
         before = self.table.size(grown)
         after = before + np.bincount(of)
         self._evict(self.table.make_room(len(slots)))
-        self.arena.take(grown, before, after)
+        self.arena.take(*places(grown, before, after))
         self._fill(self.arena.rows(slots, offset), entries, position)
         self.table.resize(grown, after)
         moved = self.pools.resize(self.table.address(grown), after)
         self._reserve()
         self.arena.clean[self.arena.rows(*places(grown[moved], np.zeros_like(before[moved]), after[moved]))] = False
         self._unfit = True
+
+    def append_unread(
+        self, addresses: np.ndarray, sizes: np.ndarray, entries: torch.Tensor, position: np.ndarray
+    ) -> None:
+        """Add entries to clusters that need not be here, and that `have_room`.
+
+        Args:
+            addresses: int64 `[N]`, each once.
+            sizes: int64 `[N]`, entries that each gets; `entries` `[sizes.sum(), width]` and `position` are in turn.
+        """
+        self.ahead.forget(addresses)
+        before = self.pools.size(addresses)
+        slots, evicted = self.table.admit(addresses, sizes, fresh=True)
+        self._evict(evicted)
+        absent = slots < 0
+        slots[absent] = self.table.enter(addresses[absent], sizes[absent])
+        self.table.extend(slots[~absent], sizes[~absent])
+        self._fill(self.arena.take(*places(slots, before, before + sizes)), entries, position)
+        moved = self.pools.resize(addresses, before + sizes)
+        assert not moved.any()
+        self._unfit = True
+
+    def have_room(self, addresses: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+        """bool `[N]`: which clusters can have `sizes` entries where they lie, without others noticing."""
+        alone = self._owners.cover(addresses)[addresses] == 0
+        return alone & (sizes <= self._largest) & self.pools.have_room(addresses, sizes)
 
     def split(self, slots: np.ndarray, order: np.ndarray, sizes: np.ndarray) -> np.ndarray:
         """Split N clusters in two; the first part keeps slot, address and place on flash, the second lies near it.
@@ -318,12 +369,17 @@ class ClusterStorage:
 
     @property
     def complete(self) -> bool:
-        """Whether all clusters are in DRAM."""
-        return self.table.clusters == self.pools.used
+        """Whether all entries are in DRAM."""
+        return self.table.used == self.pools.entries
 
     def resident(self, addresses: np.ndarray) -> np.ndarray:
-        """bool: which clusters can be used without reading."""
-        return self.table.holds(addresses)
+        """bool: which clusters are in DRAM whole; anything where there is none."""
+        slots = self.table.slot_of(addresses)
+        return (slots >= 0) & (self.table.size(slots) == self.pools.size(addresses))
+
+    def holds(self, addresses: np.ndarray) -> np.ndarray:
+        """bool `[..., largest]`: which entries of clusters `[...]` are in DRAM; anything where there is none."""
+        return self.arena.holds(self.table.slot_of(addresses))
 
     def share(self, addresses: np.ndarray) -> None:
         """Give clusters one more owner for each time that they are named: as often more they have to be freed."""
@@ -348,7 +404,7 @@ class ClusterStorage:
         self._reserve()
         copies = self._enter(made, sizes)
         rows = self.arena.rows(*places(source, none, sizes))
-        self.arena.data[self.arena.take(copies, none, sizes)] = self.arena.data[rows]
+        self.arena.data[self.arena.take(*places(copies, none, sizes))] = self.arena.data[rows]
         self.free(old)
         addresses, slots = addresses.copy(), slots.copy()
         addresses[shared], slots[shared] = made, copies
@@ -365,7 +421,7 @@ class ClusterStorage:
             self._extra_owners -= int(taken.sum())
             addresses = named[taken < times]
         gone = self.table.forget(addresses)
-        self.arena.drop(gone.slots, gone.sizes)
+        self.arena.drop(gone.slots)
         self.ahead.forget(addresses)
         self.pools.free(addresses)
 
@@ -468,8 +524,7 @@ class ClusterStorage:
         self.table.capacity = max(self._least_rows, rows - rows // 32)
         self._evict(self.table.make_room(0))
         if self.arena.touched > self.table.capacity:
-            slots = self.table.residents()
-            self.arena.shrink(self.table.capacity, slots, self.table.size(slots))
+            self.arena.shrink(self.table.capacity)
         if self.table.sparse:
             self.arena.renumber(self.table.renumber())
             self._unfit = True
@@ -484,17 +539,17 @@ class ClusterStorage:
 
     def _evict(self, evicted: Evicted) -> None:
         if len(evicted.slots):
-            self._write_back(evicted.slots, evicted.addresses, evicted.sizes)
-            self.arena.drop(evicted.slots, evicted.sizes)
+            self._write_back(evicted.slots, evicted.addresses)
+            self.arena.drop(evicted.slots)
 
-    def _load(self, addresses: np.ndarray, sizes: np.ndarray, slots: np.ndarray) -> None:
-        """Bring clusters to slots: from what was read ahead, and from flash."""
+    def _load(self, addresses: np.ndarray, sizes: np.ndarray, slots: np.ndarray, needed: np.ndarray) -> None:
+        """Bring what is `needed` (bool `[N, m]`) of clusters to slots: from what was read ahead, and from flash."""
         started = time.perf_counter()
         with self._failing():
             here, placed = self.ahead.take(addresses, self.flash)
             if placed is not None:
-                self._unpack(placed, slots[here])
-            addresses, sizes, slots = addresses[~here], sizes[~here], slots[~here]
+                self._unpack(placed, slots[here], needed[here])
+            addresses, sizes, slots, needed = addresses[~here], sizes[~here], slots[~here], needed[~here]
             if len(addresses):
                 self.ahead.give_up(self.flash)  # the buffer is wanted for these
             start, length, _ = self._stretches(addresses, sizes)
@@ -503,7 +558,7 @@ class ClusterStorage:
                 some = order[part]
                 transfer, placed = self._start_reading(addresses[some], sizes[some])
                 self.flash.wait(transfer)
-                self._unpack(placed, slots[some])
+                self._unpack(placed, slots[some], needed[some])
         self.read_seconds += time.perf_counter() - started
 
     def _start_reading(self, addresses: np.ndarray, sizes: np.ndarray) -> tuple[Transfer, Placed]:
@@ -517,18 +572,17 @@ class ClusterStorage:
         self.entries_read += int(sizes.sum())
         return transfer, Placed(runs.at + placed.first, placed.step, sizes)
 
-    def _unpack(self, placed: Placed, slots: np.ndarray) -> None:
+    def _unpack(self, placed: Placed, slots: np.ndarray, needed: np.ndarray) -> None:
         """Copy entries that were read to rows of their own."""
-        none = np.zeros_like(placed.sizes)
-        rows = self.arena.take(slots, none, placed.sizes)
-        cluster, offset = places(np.arange(len(slots)), none, placed.sizes)
+        cluster, offset = needed.nonzero()
+        rows = self.arena.take(slots[cluster], offset)
         at = placed.first[cluster] + placed.step[cluster] * offset
         self.arena.data[rows] = self._entries_of(self._reader)[at // self._step_bytes]
         self.arena.clean[rows] = self.arena.stored[rows] = True
 
-    def _write_back(self, slots: np.ndarray, addresses: np.ndarray, sizes: np.ndarray) -> None:
+    def _write_back(self, slots: np.ndarray, addresses: np.ndarray) -> None:
         """Write what flash does not hold of clusters; it may still be under way afterwards."""
-        cluster, offset = places(np.arange(len(slots)), np.zeros_like(sizes), sizes)
+        cluster, offset = self.arena.holds(slots).nonzero()
         rows = self.arena.rows(slots[cluster], offset)
         changed = ~self.arena.clean[rows]
         if not changed.any():

@@ -9,10 +9,11 @@ import torch
 
 from kvsched_kernels import members, moments, two_means
 
-from .clusters import ClusterIndex, Clusters, ranks
+from .clusters import ClusterIndex, Clusters
 from .entries import Packing
 from .policies import Policy
 from .pools import keep_order
+from .ranks import ranks
 from .retrieval import places
 from .storage import ClusterStorage
 
@@ -40,17 +41,17 @@ class StoredClusters:
         self.largest = policy.config.max_cluster_size
         self._number = number
         forms, chained = policy.forms(form.key_width, form.value_width), policy.intake == "chain"
-        self.index = ClusterIndex(streams, forms, self.largest, form.device, chained)
+        self.index = ClusterIndex(streams, forms, self.largest, form.device, chained, policy.residual_bits)
         self.splits, self.moved = torch.zeros(2, streams, dtype=torch.long, device=form.device).unbind()
 
     def resident(self, stream: torch.Tensor, cluster: torch.Tensor) -> torch.Tensor:
         """bool `[N]`: which clusters can be used without reading."""
         return self._to_device(self.storage.resident(to_host(self.index.address[stream, cluster])))
 
-    def in_dram(self) -> torch.Tensor:
-        """bool `[S, C]`: which clusters can be used without reading; anything where there is none."""
-        index = self.index
-        return self._to_device(self.storage.resident(index.address[:, : index.width].cpu().numpy()))
+    def in_dram(self, cluster: torch.Tensor) -> torch.Tensor:
+        """bool `[S, k, max_cluster_size]`: which tokens of `cluster` (int64 `[S, k]`) can be used without reading;
+        anything where there is none."""
+        return self._to_device(self.storage.holds(self.index.address.gather(1, cluster).cpu().numpy()))
 
     def fetch(self, stream: torch.Tensor, cluster: torch.Tensor) -> torch.Tensor:
         """The arena slots of clusters, int64 `[N]`, good until the next round of the storage."""
@@ -77,12 +78,13 @@ class StoredClusters:
 
         Args:
             stream, cluster: int64 `[N]`, by stream.
-            kept: bool `[N, max_cluster_size]`, which tokens are wanted; `None` for all.
+            kept: bool `[N, m]`, which tokens are wanted; `None` for all.
         """
         size = to_host(self.index.size[stream, cluster])
-        at = places(to_host(stream), size, self.streams, None if kept is None else to_host(kept))
+        wanted = None if kept is None else to_host(kept)
+        at = places(to_host(stream), size if wanted is None else wanted.sum(1), self.streams)
         address = to_host(self.index.address[stream, cluster])
-        entries, position = self.storage.gather(address, size, at.row, self.streams * at.width)
+        entries, position = self.storage.gather(address, size, wanted, at.row, self.streams * at.width)
         positions = self._to_device(position.astype(np.int64)).view(self.streams, at.width)
         streams = torch.arange(self.streams, device=self.form.device).unsqueeze(1)
         entries = entries.view(self.streams, at.width, entries.shape[1])
@@ -136,7 +138,6 @@ class StoredClusters:
         token = token[whole.unsqueeze(1), column.clamp_max(token.shape[1] - 1)].clamp_min(0)
         size = (size[whole] - column[:, 0]).clamp_max(self.largest)
         stream = stream[whole]
-        made = Clusters(stream, size, deviation[whole], {name: vector[whole] for name, vector in vectors.items()})
         for part in self.storage.rounds(len(stream)):
             nth, offset = (each < size[part].unsqueeze(1)).nonzero(as_tuple=True)
             here = stream[part][nth], token[part][nth, offset]
@@ -144,7 +145,9 @@ class StoredClusters:
             address = self.storage.create(
                 packed, to_host(size[part]), to_host(position[here]), to_host(self._pool(stream[part]))
             )
-            self.index.create(made[part], self._to_device(address), link[part], group[whole[part]] if chained else None)
+            own = {name: vector[whole[part]] for name, vector in vectors.items()}
+            made = Clusters(stream[part], size[part], deviation[whole[part]], own, keys[here])
+            self.index.create(made, self._to_device(address), link[part], group[whole[part]] if chained else None)
 
     def append(
         self,
@@ -161,13 +164,41 @@ class StoredClusters:
         size = torch.bincount(stream * self.index.width + cluster, minlength=self.streams * self.index.width)
         self.index.size[:, : self.index.width] += size.view(self.streams, -1).to(self.index.size)
 
+    def have_room(self, stream: torch.Tensor, cluster: torch.Tensor, more: torch.Tensor) -> torch.Tensor:
+        """bool `[N]`: to which clusters (each once) `more` (int64 `[N]`) tokens can be added by `append_unread`."""
+        size = self.index.size[stream, cluster].long() + more
+        return self._to_device(self.storage.have_room(to_host(self.index.address[stream, cluster]), to_host(size)))
+
+    def append_unread(
+        self, stream: torch.Tensor, cluster: torch.Tensor, entries: torch.Tensor, position: torch.Tensor
+    ) -> None:
+        """Add entries `[M, width]` at `position` `[M]` to clusters wherever these lie.
+
+        Their mean keys and values stay as they are, until the clusters are split: the residuals of the new tokens know
+        how far these are from there, and the deviation grows by it.
+
+        Args:
+            stream, cluster: int64 `[M]`, ascending.
+        """
+        index, width = self.index, self.index.width
+        group, count = torch.unique_consecutive(stream * width + cluster, return_counts=True)
+        done = 0
+        for part in self.storage.rounds(len(group)):
+            some = slice(done, done + int(count[part].sum()))
+            packed = self.packing.pack(entries[some], position[some], stream[some])
+            address = to_host(index.address[group[part] // width, group[part] % width])
+            self.storage.append_unread(address, to_host(count[part]), packed, to_host(position[some]))
+            done = some.stop
+        index.append(stream, cluster, self.form.apart(entries)[0].float())
+
     def refresh(self, stream: torch.Tensor, cluster: torch.Tensor, slots: torch.Tensor) -> None:
         """Take what the index keeps of clusters that changed from their entries, so that no rounding adds up."""
         for part in self._some(len(stream), self.largest):
             size = self.index.size[stream[part], cluster[part]].long()
             entries, mask = self._members(stream[part], slots[part], size)
-            _, _, deviation = moments(self.form.apart(entries)[0], torch.where(mask, 0, -1), 1)
-            changed = Clusters(stream[part], size, deviation[:, 0], self._summarise(entries, mask))
+            keys = self.form.apart(entries)[0]
+            _, _, deviation = moments(keys, torch.where(mask, 0, -1), 1)
+            changed = Clusters(stream[part], size, deviation[:, 0], self._summarise(entries, mask), keys[mask])
             self.index.replace(cluster[part], changed)
 
     def split(self, stream: torch.Tensor, cluster: torch.Tensor, slots: torch.Tensor) -> None:
@@ -186,11 +217,14 @@ class StoredClusters:
         number = self.index.create(Clusters(stream, size[:, 1], deviation[:, 1], {}), self._to_device(address))
         first, second = (self._summarise(entries, half == side) for side in (0, 1))
         vectors = {name: torch.cat([first[name], second[name]]) for name in first}
-        halves = Clusters(stream.repeat(2), size.T.flatten(), deviation.T.flatten(), vectors)
+        each, source = torch.arange(self.largest, device=stream.device), self._to_device(order)
+        left, right = each < size[:, :1], (each >= size[:, :1]) & (each < size.sum(1, keepdim=True))
+        keys = keys.gather(1, source.unsqueeze(2).expand_as(keys))
+        in_turn = torch.cat([keys[left], keys[right]])
+        halves = Clusters(stream.repeat(2), size.T.flatten(), deviation.T.flatten(), vectors, in_turn)
         self.index.replace(torch.cat([cluster, number]), halves)
         self.splits.index_add_(0, stream, torch.ones_like(stream))
-        each = torch.arange(self.largest, device=stream.device)
-        shifted = (self._to_device(order) != each) & (each < size[:, :1])
+        shifted = (source != each) & left
         self.moved.index_add_(0, stream, shifted.sum(1) + size[:, 1])
 
     def addresses(self) -> np.ndarray:
@@ -228,7 +262,7 @@ class StoredClusters:
     ) -> None:
         """Give clusters the first `size` of entries, packed, `[sum of sizes, width]` in turn, at a new address."""
         self.free(stream, cluster)
-        self.index.size[stream, cluster] = 0
+        self.index.empty(stream, cluster)
         some = size > 0
         stream, cluster, size = stream[some], cluster[some], size[some]
         address = self.storage.create(packed, to_host(size), to_host(position), to_host(self._pool(stream)))
@@ -241,7 +275,8 @@ class StoredClusters:
         _, _, deviation = moments(self.form.apart(padded)[0], torch.where(mask, 0, -1), 1)
         # The vectors of a chain are those of all its tokens.
         vectors = {} if self.policy.intake == "chain" else self._summarise(padded, mask)
-        self.index.replace(cluster, Clusters(stream, size, deviation[:, 0], vectors))
+        keys = self.form.apart(entries)[0].float()
+        self.index.replace(cluster, Clusters(stream, size, deviation[:, 0], vectors, keys))
 
     def free(self, stream: torch.Tensor, cluster: torch.Tensor) -> None:
         """Give room of clusters back; the caller takes them out of the index."""

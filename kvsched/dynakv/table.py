@@ -8,7 +8,7 @@ import torch
 
 from kvsched_kernels import Vectors, moments, pack
 
-_REACH = {2: 1.75, 4: 3.0, 8: 8.0}
+_REACH = {2: 1.5, 4: 3.0, 8: 8.0}
 """Standard deviations from the mean to the outermost code. Beyond them numbers are clipped, which costs less recall on
 a recorded model than the coarser steps that would reach them."""
 
@@ -70,9 +70,21 @@ class VectorTable:
         """The first `clusters` of every stream but those before `start`: float32 `[S, clusters - start, width]`."""
         return self.vectors(clusters, start).read(self.width)
 
+    def at(self, stream: torch.Tensor, cluster: torch.Tensor) -> torch.Tensor:
+        """Those at int64 `[N]`, `[N]`, as they are kept: float32 `[N, width]`."""
+        data = self.data[stream, cluster].unsqueeze(1)
+        some = Vectors(data) if self.bits >= 16 else Vectors(data, self.bits, self.step[stream], self.offset[stream])
+        return some.read(self.width)[:, 0]
+
     def dot(self, query: torch.Tensor, clusters: int) -> torch.Tensor:
         """Products with `query` `[S, G, width]`: float32 `[S, G, clusters]`."""
         return self.vectors(clusters).dot(query)
+
+    def dot_some(self, query: torch.Tensor, cluster: torch.Tensor) -> torch.Tensor:
+        """Products of `query` `[S, G, width]` with those of `cluster` (int64 `[S, k]`): float32 `[S, G, k]`."""
+        data = self._rows(cluster)
+        some = Vectors(data) if self.bits >= 16 else Vectors(data, self.bits, self.step, self.offset)
+        return some.dot(query)
 
     def mix(self, weight: torch.Tensor) -> torch.Tensor:
         """Sums of vectors by float32 `weight` `[S, G, clusters]`: float32 `[S, G, width]`."""
@@ -95,8 +107,14 @@ class VectorTable:
             setattr(self, name, take(name.strip("_"), torch.float32, *getattr(self, name).shape))
 
     def permute(self, order: torch.Tensor) -> None:
-        """Put the clusters of every stream in the order int64 `[S, C]`."""
-        self.data = self.data.gather(1, order.unsqueeze(-1).expand_as(self.data))
+        """Let the first of every stream be those at int64 `[S, n]`; the rest stay. No place gives anything."""
+        self.data[:, : order.shape[1]] = self._rows(order.clamp(0, max(0, self.data.shape[1] - 1)))
+
+    def _rows(self, cluster: torch.Tensor) -> torch.Tensor:
+        """What is kept of `cluster`, int64 `[S, n]`: `[S, n, columns]`."""
+        streams, clusters, columns = self.data.shape
+        first = clusters * torch.arange(streams, device=cluster.device).unsqueeze(1)
+        return self.data.view(-1, columns).index_select(0, (cluster + first).flatten()).view(*cluster.shape, columns)
 
     def _encode(self, vectors: torch.Tensor, offset: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
         codes = ((vectors - offset) / step).round_().clamp_(0, 2**self.bits - 1)

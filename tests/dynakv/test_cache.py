@@ -12,7 +12,6 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 
 import kvsched
 from kvsched import DynaKVCache
-from kvsched.dynakv.decode import tokens_that_hold
 from kvsched.dynakv.flash import FlashFile
 from kvsched.dynakv.layer import DynaKVLayer
 from kvsched.errors import ConfigError, FlashError, InputError, UnsupportedModelError
@@ -104,7 +103,9 @@ def test_a_budget_may_be_a_fraction_and_adaptive(tiny_model, new_cache):
     expected = decode(model, new_cache(model, budget=151), ids, torch.ones_like(ids), 2)
     # The prompt's clusters may lie in another order, which half of 300 tokens chose, and are added up in it.
     half = decode(model, new_cache(model, budget=0.5), ids, torch.ones_like(ids), 2)
-    torch.testing.assert_close(half, expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(half, expected, atol=2e-3, rtol=0)
+    fifth = decode(model, new_cache(model, budget=0.2), ids, torch.ones_like(ids), 2)
+    assert (fifth - expected).abs().max() > 1e-2
     full = decode(model, DynamicCache(config=model.config), ids, torch.ones_like(ids), 2)
     error, bytes_read = [], []
     for mass in (0.3, 0.9, 1.0):
@@ -113,21 +114,6 @@ def test_a_budget_may_be_a_fraction_and_adaptive(tiny_model, new_cache):
         bytes_read.append(cache.report().bytes_read)
     assert error[0] > error[1] > error[2] and error[2] < 1e-4
     assert bytes_read[0] < bytes_read[1] < bytes_read[2]
-
-
-def test_tokens_that_hold_a_mass():
-    worth = torch.tensor([[0.01, 0.1, float("nan"), 0.05], [0.2, 0.0, 0.1, 0.1]])
-    tokens = torch.tensor([[5, 4, 0, 2], [2, 1, 3, 1]], dtype=torch.uint8)
-    # What lies in DRAM holds .45 and .2 of attention.
-    for mass, expected in (
-        (0.4, [0, 2]),
-        (0.5, [4, 2]),
-        (0.91, [6, 6]),
-        (0.94, [6, 6]),
-        (0.96, [11, 6]),
-        (1.0, [11, 6]),
-    ):
-        assert tokens_that_hold(mass, worth, tokens).flatten().tolist() == expected, mass
 
 
 def test_layers_are_laid_out_as_transformers_does(tiny_model, new_cache):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kvsched.dynakv.clusters import ClusterIndex, Clusters, ranks
+from kvsched.dynakv.clusters import ClusterIndex, Clusters
+from kvsched.dynakv.ranks import ranks
 
 DIM, MAX_SIZE = 8, 12
 

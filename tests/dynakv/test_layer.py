@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kvsched import DynaKVConfig
-from kvsched.dynakv.decode import LEFT
+from kvsched.dynakv.choice import LEFT
 from kvsched.dynakv.dense import WAITING
 from kvsched.dynakv.layer import DynaKVLayer
 from kvsched.dynakv.padding import real_tokens
@@ -116,9 +116,8 @@ class Recorded:
                 _, position = layer.clusters.gather(torch.tensor([s]), torch.tensor([c]))
                 own = self.entries[s // HEADS, s % HEADS, position[s], :DIM].double()
                 deviation = (own - own.mean(0)).square().sum()
-                torch.testing.assert_close(
-                    layer.clusters.index.deviation[s, c].double(), deviation, atol=1e-3, rtol=1e-2
-                )
+                # From a mean that stays while tokens join a cluster on flash: never too small, but for rounding.
+                assert layer.clusters.index.deviation[s, c] >= deviation * (1 - 4e-2) - 1e-3
         return layer.clusters.index.address[stream, cluster].tolist()
 
 
@@ -243,34 +242,32 @@ def test_a_step_reads_only_what_gains_enough(new_storage):
     reading = spared = 0
     for _ in range(10):
         storage.begin()
-        here, size = first.layer.clusters.in_dram(), index.size[:, : index.width].long()
-        worth = torch.rand(size.shape, generator=draw).pow(4) * (size > 0)
+        near = torch.arange(index.width).repeat(2, 1)
+        there = torch.arange(6) < index.size[:, : index.width].unsqueeze(2)
+        here = first.layer.clusters.in_dram(near)
+        worth = torch.rand(there.shape, generator=draw).pow(4).masked_fill(~there, -1.0)
         gain = []
-        for row, near, tokens, room in zip(worth, here, size, budget[:, 0].tolist(), strict=True):
-            left_out = 0.0
-            for cluster in row.argsort(descending=True).tolist():
-                if near[cluster] and 0 < tokens[cluster] <= room:
-                    room -= int(tokens[cluster])
-                elif near[cluster] and tokens[cluster]:
-                    left_out = max(left_out, float(row[cluster]))
-            gain.append((row - left_out).clamp_min(0) * tokens * ~near / 4)
+        for row, inside, room in zip(worth, here, budget[:, 0].tolist(), strict=True):
+            least = sorted(row[inside & (row >= 0)].tolist(), reverse=True)[: room + 1]
+            least = least[room - 1] if len(least) >= room else 0.0
+            gain.append(((row - least).clamp_min(0) * ~inside).sum(1) / 4)
         total = torch.stack(gain).sum(1)
         decoder.policy.patience = float(total.max()) * 1.01 + 1e-6
-        near = decoder._choose(worth, budget, heads=4)
-        assert here[near.stream, near.cluster].all() and (near.chosen * size).sum(1).le(budget[:, 0]).all()
+        kept = decoder._kept(worth.clone(), near, budget, heads=4)
+        assert (here | ~kept).all() and kept.sum((1, 2)).le(budget[:, 0]).all()
         if total.min() == total.max():
             continue
         decoder.policy.patience = float(total.mean())  # one stream asks, the other does not
-        found = decoder._choose(worth, budget, heads=4)
+        found = decoder._kept(worth.clone(), near, budget, heads=4)
         asks = int(total.argmax())
-        away, left = found.chosen & ~here, LEFT * decoder.policy.patience
-        assert not away[1 - asks].any() and torch.equal(found.chosen[1 - asks], near.chosen[1 - asks])
+        away, left = found & ~here, LEFT * decoder.policy.patience
+        assert not away[1 - asks].any() and torch.equal(found[1 - asks], kept[1 - asks])
         allowed = set()
         for cluster in gain[asks].argsort(descending=True).tolist():
             if gain[asks].sum() - sum(gain[asks][other] for other in allowed) <= left:
                 break
             allowed.add(cluster)
-        read = set(away[asks].nonzero()[:, 0].tolist())
+        read = set(away[asks].any(1).nonzero()[:, 0].tolist())
         assert read <= allowed
         reading += bool(read)
         spared += len(allowed) < int((gain[asks] > 0).sum())

@@ -25,7 +25,7 @@ def check(pools: Pools, size: dict[int, int]) -> None:
     places = [place for of in taken(pools, size).values() for place in of]
     assert len(set(places)) == len(places)
     assert all(0 <= place < pools.end for place in places)
-    assert pools.used == len(size)
+    assert pools.used == len(size) and pools.entries == sum(size.values())
 
 
 @settings(max_examples=100, deadline=None)
@@ -49,7 +49,9 @@ def test_clusters_never_share_places_and_stay_where_they_are_while_they_fit(data
             size.update(zip(addresses.tolist(), sizes.tolist(), strict=True))
         elif what == "resize" and len(some):
             sizes = np.resize(sizes, len(some))
+            room = pools.have_room(some, sizes)
             moved = pools.resize(some, sizes)
+            assert not room.all() or not moved.any()
             for address, new, gone in zip(some.tolist(), sizes.tolist(), moved.tolist(), strict=True):
                 assert not (gone and new <= size[address])
                 size[address] = new

@@ -81,6 +81,22 @@ class Recorded:
                 old, at = self.held[address]
                 self.held[address] = torch.cat([old, entries[i : i + 1]]), np.append(at, position[i])
 
+    def append_unread(self, addresses: list[int], count: int) -> list[int]:
+        """Append `count` entries to each of those that have room; which."""
+        more = np.full(len(addresses), count)
+        fits = self.storage.have_room(np.array(addresses, dtype=np.int64), self.sizes(addresses) + more)
+        fitting = np.array(addresses, dtype=np.int64)[fits]
+        reads = self.storage.flash.counters.reads
+        for part in self.storage.rounds(len(fitting)):
+            some = fitting[part]
+            entries, position = self.fresh(len(some) * count)
+            self.storage.append_unread(some, more[: len(some)], entries, position)
+            for i, address in enumerate(some.tolist()):
+                own, (old, at) = slice(i * count, (i + 1) * count), self.held[address]
+                self.held[address] = torch.cat([old, entries[own]]), np.append(at, position[own])
+        self.read = self.storage.flash.counters.reads - reads
+        return fitting.tolist()
+
     def split(self, addresses: list[int], draw: np.random.Generator) -> list[int]:
         made = []
         for part in self.storage.rounds(len(addresses)):
@@ -114,6 +130,18 @@ class Recorded:
             assert torch.equal(entries.view(torch.uint8), expected.view(torch.uint8))
             assert position.tolist() == np.concatenate([at for _, at in wanted]).tolist()
 
+    def check_some(self, addresses: list[int], draw: np.random.Generator) -> None:
+        """Some entries of clusters."""
+        sizes = self.sizes(addresses)
+        wanted = draw.random((len(addresses), LARGEST)) < 0.3
+        wanted &= np.arange(LARGEST) < sizes[:, None]
+        entries, position = self.storage.gather(np.array(addresses, dtype=np.int64), sizes, wanted)
+        held = [self.held[address] for address in addresses]
+        if addresses:
+            expected = torch.cat([part[mask[: len(at)]] for (part, at), mask in zip(held, wanted, strict=True)])
+            assert torch.equal(entries.view(torch.uint8), expected.view(torch.uint8))
+            assert position.tolist() == [p for (_, at), m in zip(held, wanted, strict=True) for p in at[m[: len(at)]]]
+
 
 class Everything(RuleBasedStateMachine):
     """Any sequence of what layers do, with DRAM for a few clusters."""
@@ -142,6 +170,11 @@ class Everything(RuleBasedStateMachine):
         self.record.append(self.some(count, at_most=LARGEST - 1))
 
     @precondition(lambda self: self.record.held)
+    @rule(count=st.integers(1, 12), each=st.integers(1, 2))
+    def append_unread(self, count, each):
+        self.record.append_unread(self.some(count), each)
+
+    @precondition(lambda self: self.record.held)
     @rule(count=st.integers(1, 6))
     def split(self, count):
         self.record.split(self.some(count, at_least=2), self.draw)
@@ -154,6 +187,10 @@ class Everything(RuleBasedStateMachine):
     @rule(count=st.integers(1, 40))
     def read(self, count):
         self.record.check(self.some(count))
+
+    @rule(count=st.integers(1, 40))
+    def read_some(self, count):
+        self.record.check_some(self.some(count), self.draw)
 
     @rule(count=st.integers(1, 40))
     def read_ahead(self, count):
@@ -169,6 +206,7 @@ class Everything(RuleBasedStateMachine):
         if hasattr(self, "record"):
             assert self.record.storage.pools.used == len(self.record.held)
             assert self.record.storage.table.used <= self.record.storage.table.capacity
+            assert self.record.storage.pools.entries == sum(len(entries) for entries, _ in self.record.held.values())
 
     def teardown(self):
         if hasattr(self, "record"):
@@ -276,6 +314,36 @@ def test_appends_and_splits_write_little_again(recorded):
     record.check(addresses)
     moved = record.storage.bytes_moved // 516
     assert 200 <= moved <= 100 * (2 + 4)  # out of the pool that was full, and once more when it doubled
+
+
+def test_of_a_cluster_only_what_is_wanted_stays_and_the_rest_is_read_when_it_is(recorded):
+    record = recorded(126, torch.float32, 2 << 20)
+    record.create([8] * 1000)
+    wanted, counters = record.away(4), record.storage.flash.counters
+    mask = np.tile(np.arange(8) < 3, (4, 1))
+    record.storage.gather(np.array(wanted), record.sizes(wanted), mask)
+    slots = record.storage.table.slot_of(np.array(wanted))
+    assert record.storage.table.size(slots).tolist() == [3] * 4 and counters.reads > 0
+    assert np.array_equal(record.storage.holds(np.array(wanted))[:, :8], mask)
+    assert not record.storage.resident(np.array(wanted)).any()
+    reads = counters.reads
+    record.storage.gather(np.array(wanted), record.sizes(wanted), mask)
+    assert counters.reads == reads
+    record.check(wanted)
+    assert counters.reads > reads and record.storage.resident(np.array(wanted)).all()
+
+
+def test_clusters_on_flash_grow_without_being_read(recorded):
+    record = recorded(126, torch.float32, 2 << 20)
+    addresses = record.create([2] * 4000)
+    record.append(addresses[:100])  # out of pools without room, into such with room for twice as much
+    record.check(addresses[2000:])
+    assert not record.storage.resident(np.array(addresses[:100])).any()
+    assert record.append_unread(addresses[200:210], 1) == [], "a prompt's clusters lie without gaps"
+    grown = record.append_unread(addresses[:100], 2)
+    assert len(grown) >= 50 and record.read == 0 and not record.storage.resident(np.array(grown)).any()
+    record.check(addresses[2000:])
+    record.check(addresses[:100])
 
 
 def test_what_is_read_ahead_is_not_read_again(recorded):
@@ -398,7 +466,7 @@ def test_versions_and_options_that_do_not_fit(recorded, tmp_path):
     other.close()
     manifest = json.loads((tmp_path / "clusters.json").read_text())
     (tmp_path / "clusters.json").write_text(json.dumps({**manifest, "version": 9}))
-    with pytest.raises(FlashError, match="it is of version 9, this is 2"):
+    with pytest.raises(FlashError, match="it is of version 9, this is 3"):
         Saved(tmp_path)
 
 

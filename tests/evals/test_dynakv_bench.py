@@ -54,7 +54,7 @@ def test_the_summary_of_a_replay(trace):
     ours = found["budgets"]["dynakv"]["32"]
     assert 0 < ours["worst_head"] <= ours["share_of_exact"] <= 1
     assert found["budgets"]["dynakv"]["512"]["recall"] > ours["recall"]
-    assert found["cluster_sizes"]["2.0"]["index_share"] > found["cluster_sizes"]["16.0"]["index_share"]
+    assert found["cluster_sizes"]["8.0"]["index_share"] > found["cluster_sizes"]["16.0"]["index_share"]
 
 
 def result(factor: float) -> dict:
@@ -70,7 +70,7 @@ def result(factor: float) -> dict:
         "quality": {
             "budgets": {name: {"256": quality | {"recall": 0.9 if name == "dynakv" else 0.7}} for name in others},
             "on_flash": quality,
-            "cluster_sizes": {"2.75": quality},
+            "cluster_sizes": {"24.0": quality},
         },
         "steps": {
             "4096": {"policies": steps, "page_cache_bypassed": True, "kernel_bytes_over_bytes_read": 1.0},

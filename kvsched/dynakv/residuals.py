@@ -1,0 +1,129 @@
+"""How each token's key differs from the mean key of its cluster, in a few bits a channel.
+
+Clusters are as large as reads from flash should be, which is too coarse to choose tokens by: a cluster that a query
+wants for one token brings fifteen others. The mean and the residual together tell tokens of a cluster apart without
+reading it. Residuals lie cluster after cluster without gaps, so they take what they say and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from .ranks import ranks
+from .table import VectorTable
+
+_ROOM = 32
+"""Tokens for which the table grows at a time."""
+
+
+class TokenResiduals:
+    """Residuals of the tokens of `streams` streams, in the order of their clusters.
+
+    Args:
+        width: channels of a key.
+        bits: of a channel's code: 2, 4 or 8.
+
+    Attributes:
+        size: as `ClusterIndex.size` was when they were last put.
+    """
+
+    def __init__(self, streams: int, width: int, bits: int, size: torch.Tensor) -> None:
+        self.size = size.clone()
+        self._table = VectorTable(streams, width, bits, size.device)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what grows with the tokens."""
+        return self._table.nbytes + self.size.nbytes
+
+    def put(self, stream: torch.Tensor, cluster: torch.Tensor, size: torch.Tensor, residuals: torch.Tensor) -> None:
+        """Let clusters hold other tokens; all others keep theirs.
+
+        Args:
+            stream, cluster: int64 `[N]`, each once.
+            size: int64 `[N]`, how many tokens; their `residuals` `[size.sum(), D]` are in turn.
+        """
+        changed = self.size.clone()
+        changed[stream, cluster] = size.to(changed)
+        kept = self.size > 0
+        kept[stream, cluster] = False
+        self._move(changed, kept)
+        each = torch.arange(len(size), device=size.device).repeat_interleave(size)
+        nth = torch.arange(len(each), device=size.device) - (size.cumsum(0) - size)[each]
+        self._table.write(stream[each], self._starts()[stream, cluster][each] + nth, residuals)
+
+    def append(self, stream: torch.Tensor, cluster: torch.Tensor, residuals: torch.Tensor) -> None:
+        """Add tokens, `residuals` `[M, D]`, to clusters (int64 `[M]`), in turn where several go to one."""
+        changed, before = self.size.clone(), self.size[stream, cluster].long()
+        changed.index_put_((stream, cluster), torch.ones_like(stream).to(changed), accumulate=True)
+        self._move(changed, self.size > 0)
+        rank = ranks(stream * changed.shape[1] + cluster)
+        self._table.write(stream, self._starts()[stream, cluster] + before + rank, residuals)
+
+    @property
+    def none(self) -> torch.Tensor:
+        """Residuals of no tokens."""
+        return self._table.offset.new_zeros(0, self._table.width)
+
+    def dot(self, query: torch.Tensor, cluster: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Products of queries with the residuals of some clusters.
+
+        Args:
+            query: float32 `[S, G, D]`.
+            cluster: int64 `[S, k]`.
+
+        Returns:
+            float32 `[S, G, k, m]` for the m tokens of the largest, and bool `[S, k, m]`, where there is a token.
+        """
+        size = self.size.gather(1, cluster).long()
+        offset = torch.arange(int(size.max()), device=size.device)
+        there = offset < size.unsqueeze(2)
+        row = (self._starts().gather(1, cluster).unsqueeze(2) + offset).mul_(there)
+        return self._table.dot_some(query, row.flatten(1)).unflatten(2, row.shape[1:]), there
+
+    def grow(self, clusters: int) -> None:
+        """Make room for `clusters` of each stream."""
+        more = self.size.new_zeros(len(self.size), clusters - self.size.shape[1])
+        self.size = torch.cat([self.size, more], dim=1)
+
+    def permute(self, order: torch.Tensor) -> None:
+        """Number the clusters anew: int64 `[S, C]`, in which those that hold tokens keep their order."""
+        self.size = self.size.gather(1, order)
+
+    def truncate(self, gone: torch.Tensor) -> None:
+        """Forget the clusters that bool `[S, C]` marks, behind which no other holds tokens."""
+        self.size[gone] = 0
+
+    def select(self, streams: torch.Tensor) -> None:
+        """Keep `streams` (int64, repeats allowed) in this order."""
+        self.size = self.size[streams]
+        self._table.select(streams)
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Everything that it is made of but the sizes, by name."""
+        return self._table.state()
+
+    def restore(self, take: Callable[..., torch.Tensor], size: torch.Tensor) -> None:
+        """Become what `state` gave, of clusters of `size`; `take(name, dtype, *shape)` hands the tensors out."""
+        self.size = size.clone()
+        self._table.restore(take, -1)
+        if self._table.data.shape[1] < int(size.sum(1, dtype=torch.long).max()):
+            raise ValueError("tokens without a residual")
+
+    def _move(self, size: torch.Tensor, kept: torch.Tensor) -> None:
+        """Let clusters have other sizes. The tokens of those that bool `[S, C]` marks go where they lie then."""
+        before, have = self._starts(), self._table.data.shape[1]
+        self.size = size
+        after, rows = self._starts(), int(size.sum(1, dtype=torch.long).max())
+        if rows > have:
+            self._table.grow(-(-rows // _ROOM) * _ROOM)
+        if bool(((before != after) & kept).any()):
+            row = torch.arange(rows, device=size.device).repeat(len(after), 1)
+            of = torch.searchsorted(after + size, row, right=True).clamp_max_(after.shape[1] - 1)
+            self._table.permute(row + (before - after).gather(1, of))
+
+    def _starts(self) -> torch.Tensor:
+        """The row of each cluster's first token, int64 `[S, C]`."""
+        return self.size.cumsum(1, dtype=torch.long) - self.size
