@@ -36,7 +36,7 @@ from .machine import keep
 
 POLICIES = ("dynakv", "static", "local", "token-topk")
 BUDGETS = (64, 128, 256, 512)
-CLUSTER_SIZES = (8.0, 16.0, 24.0, 40.0)
+CLUSTER_SIZES = (4.0, 8.0, 16.0, 24.0, 40.0)
 TRACE_TOKENS, TRACE_PROMPT = 9216, 1024
 TRACE = Path(tempfile.gettempdir()) / "kvsched-dynakv-trace.safetensors"
 OUT = Path("evals/results/dynakv.json")
@@ -52,20 +52,21 @@ def recorded(path: Path) -> Trace:
 
 
 def quality(trace: Trace, layers: Sequence[int], budget: int, every: int, dram: int) -> dict[str, Any]:
-    """Recall and error of each policy at several budgets, and DynaKV's by the size of its index.
+    """Recall and error of each policy over all layers, and over some of them at several budgets and sizes of the index.
 
-    DRAM holds everything, but for `on_flash`: there it has `dram` bytes.
+    DRAM holds everything, but for `on_flash`: there it has `dram` bytes for each layer.
     """
 
-    def outcome(policy: str, **options: Any) -> dict[str, Any]:
-        return _summary(replay(trace, DynaKVConfig(policy=policy, **{"dram": "1GiB"} | options), layers, every))
+    def outcome(policy: str, of: Sequence[int] = layers, **options: Any) -> dict[str, Any]:
+        return _summary(replay(trace, DynaKVConfig(policy=policy, **{"dram": "2GiB"} | options), of, every))
 
     compared = [policy for policy in POLICIES if policy != "token-topk"]
     budgets = sorted({*BUDGETS, budget})
     return {
         "layers": list(layers),
+        "every_layer": {policy: outcome(policy, trace.layers, budget=budget) for policy in compared},
         "budgets": {policy: {str(tokens): outcome(policy, budget=tokens) for tokens in budgets} for policy in compared},
-        "on_flash": outcome("dynakv", budget=budget, dram=dram),
+        "on_flash": outcome("dynakv", trace.layers, budget=budget, dram=dram * len(trace.layers)),
         "cluster_sizes": {
             str(size): outcome("dynakv", budget=budget, cluster_size=size, max_cluster_size=int(2 * size))
             for size in CLUSTER_SIZES
@@ -154,7 +155,9 @@ def main(
         "storage": lambda: storage(source, list(tiled.layers), directory, budget),
         "memory": lambda: memory(trace, layers, each, directory, room, budget),
         "model": lambda: model_steps(source, each, directory, steps // 2),
-        "quality": lambda: quality(source, list(tiled.layers), budget, every, dram_bytes(dram, tiled, source.tokens)),
+        "quality": lambda: quality(
+            source, list(tiled.layers), budget, every, dram_bytes(dram, tiled, source.tokens) // layers
+        ),
     }
     settings = {
         "trace": {"model": Path(source.model).name, "tokens": source.tokens, "layers": list(tiled.layers)},

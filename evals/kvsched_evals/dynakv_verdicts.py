@@ -38,7 +38,7 @@ def _verdict(met: bool, measured: str, **figures: Any) -> dict[str, Any]:
 
 
 def _quality(quality: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    of = {policy: rows["256"] for policy, rows in quality["budgets"].items()}
+    of = quality["every_layer"]
     ours, static, local = of["dynakv"], of["static"], of["local"]
     over_static, over_local = (ours["recall"] / other["recall"] for other in (static, local))
     share, worst, index = ours["share_of_exact"], ours["worst_head"], ours["index_share"]

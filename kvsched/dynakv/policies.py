@@ -129,7 +129,7 @@ class DynaKV(Policy):
     estimated = 1.0
     corrects = True
     residual_bits = 2
-    patience = 0.01
+    patience = 0.02
 
     def forms(self, dim: int, value_dim: int) -> Mapping[str, tuple[int, int]]:
         return {"key": (dim, 8), "value": (value_dim, 4)}

@@ -54,7 +54,10 @@ def test_the_summary_of_a_replay(trace):
     ours = found["budgets"]["dynakv"]["32"]
     assert 0 < ours["worst_head"] <= ours["share_of_exact"] <= 1
     assert found["budgets"]["dynakv"]["512"]["recall"] > ours["recall"]
-    assert found["cluster_sizes"]["8.0"]["index_share"] > found["cluster_sizes"]["16.0"]["index_share"]
+    assert set(found["every_layer"]) == {"dynakv", "static", "local"}
+    assert len(found["every_layer"]["dynakv"]["heads"]) > len(ours["heads"]), "all layers, not those of the curves"
+    assert 0 < found["on_flash"]["share_of_exact"] <= 1
+    assert found["cluster_sizes"]["4.0"]["recall"] != found["cluster_sizes"]["24.0"]["recall"]
 
 
 def result(factor: float) -> dict:
@@ -66,9 +69,11 @@ def result(factor: float) -> dict:
     steps = {name: {**step, "seconds": seconds, "bytes_read": 1.0} for name, seconds in others.items()}
     hits = {"cluster_aligned": 0.6 / factor, "least_recently_used": 0.5, "least_frequently_used": 0.55}
     model = {"4096": (1.05, 1.0), "8192": (1.06, 1.2), "32768": (1.1, 2.3)}
+    compared = {name: quality | {"recall": 0.9 if name == "dynakv" else 0.7} for name in others}
     return {
         "quality": {
-            "budgets": {name: {"256": quality | {"recall": 0.9 if name == "dynakv" else 0.7}} for name in others},
+            "every_layer": compared,
+            "budgets": {name: {"256": row} for name, row in compared.items()},
             "on_flash": quality,
             "cluster_sizes": {"24.0": quality},
         },
