@@ -147,7 +147,7 @@ def replay(trace: Trace, config: DynaKVConfig, layers: Sequence[int], every: int
         }
         for step in tqdm(range(trace.prompt_length, trace.tokens), desc=config.policy, unit=" steps"):
             measured = (step - trace.prompt_length) % every == 0
-            storage.on_read = _share_reads(watched) if measured else None
+            storage.transfers.on_read = _share_reads(watched) if measured else None
             for layer in watched.values() if measured else ():
                 layer.decoder.watch()
             for number, layer in watched.items():

@@ -173,12 +173,12 @@ def _counts(one: Decoded) -> dict[str, float]:
     return {
         "bytes_read": counters.bytes_read,
         "reads": counters.reads,
-        "entries_read": one.storage.entries_read,
-        "asked_bytes": one.storage.entries_read * one.storage.entry_bytes,
-        "read_seconds": one.storage.read_seconds,
+        "entries_read": one.storage.transfers.entries_read,
+        "asked_bytes": one.storage.transfers.entries_read * one.storage.entry_bytes,
+        "read_seconds": one.storage.transfers.read_seconds,
         "hits": table.hits,
         "misses": table.misses,
-        "bytes_moved": one.storage.bytes_moved,
+        "bytes_moved": one.storage.transfers.bytes_moved,
     }
 
 

@@ -289,9 +289,9 @@ def moved(heads: list[Head], steps: int, entry: int, directory: Path) -> dict[st
         storage.begin()
         return {
             "appends": steps * len(heads),
-            "pools_bytes": storage.bytes_moved,
+            "pools_bytes": storage.transfers.bytes_moved,
             "packed_bytes": packed,
-            "packed_over_pools": packed / max(1, storage.bytes_moved),
+            "packed_over_pools": packed / max(1, storage.transfers.bytes_moved),
         }
     finally:
         storage.close()

@@ -123,7 +123,7 @@ class DynaKVCache(Cache):
             splits=sum(int(clusters.splits.sum()) for clusters in held),
             bytes_read=counters.bytes_read,
             reads=counters.reads,
-            read_seconds=storage.read_seconds,
+            read_seconds=storage.transfers.read_seconds,
             bytes_written=counters.bytes_written,
             hits=table.hits if table else 0,
             misses=table.misses if table else 0,

@@ -14,6 +14,9 @@ import torch
 from .ranks import ranks
 from .table import VectorTable
 
+_MOVED_AT_ONCE = 1 << 15
+"""Tokens whose residuals move together, whole streams of them: no budget counts what that takes for a moment."""
+
 _ROOM = 32
 """Tokens for which the table grows at a time."""
 
@@ -119,10 +122,14 @@ class TokenResiduals:
         after, rows = self._starts(), int(size.sum(1, dtype=torch.long).max())
         if rows > have:
             self._table.grow(-(-rows // _ROOM) * _ROOM)
-        if bool(((before != after) & kept).any()):
-            row = torch.arange(rows, device=size.device).repeat(len(after), 1)
-            of = torch.searchsorted(after + size, row, right=True).clamp_max_(after.shape[1] - 1)
-            self._table.permute(row + (before - after).gather(1, of))
+        if not bool(((before != after) & kept).any()):
+            return
+        ends, shift, row = after + size, before - after, torch.arange(rows, device=size.device)
+        step = max(1, _MOVED_AT_ONCE // rows)
+        for some in (slice(start, start + step) for start in range(0, len(after), step)):
+            own = row.repeat(len(after[some]), 1)
+            of = torch.searchsorted(ends[some], own, right=True).clamp_max_(after.shape[1] - 1)
+            self._table.permute(own.add_(shift[some].gather(1, of)).clamp_(0, have - 1), some)
 
     def _starts(self) -> torch.Tensor:
         """The row of each cluster's first token, int64 `[S, C]`."""

@@ -2,17 +2,14 @@
 
 Clusters are made, grow and split in the arena and reach flash, many at a time, when they leave it or, where not all can
 stay, when they are made. On flash a cluster is one stretch of entries, and those that are retrieved together lie
-together (`pools`); reads and writes of whole sectors go through buffers, from which entries are copied to their rows,
-so neighbours come in one read whatever lies between.
+together (`pools`). `transfers` moves entries between the two.
 Everything here is counted against one budget of DRAM.
 """
 
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +19,12 @@ import torch
 from ..config import DynaKVConfig, parse_bytes
 from ..errors import ConfigError, FlashError, UnsupportedModelError
 from .arena import POSITION_BYTES, ROW_TABLES, Arena, places
-from .engine import Request, Transfer
-from .flash import PAGE, Buffer, FlashFile
+from .flash import PAGE, FlashFile
 from .pools import Pools
-from .prefetch import Ahead, Placed
 from .residency import ClusterAligned, Evicted, PerAddress, Residency
-from .runs import WASTE, Runs, merge
+from .runs import WASTE
 from .snapshot import Saved, save
+from .transfers import Transfers, portions
 
 BUFFER_SHARE = 1 / 32
 """Share of the budget for each of the two buffers (reads, writes), up to `LARGEST_BUFFER`."""
@@ -43,9 +39,6 @@ copied to grow, and what a chunk of a prompt takes for a moment."""
 SAVED_PART = 1 << 20
 """Bytes of clusters that are saved, checked and loaded at a time."""
 
-SMALLEST_STEP, LARGEST_STEP = 1 << 20, 64 << 20
-"""Bytes by which the file grows: it doubles in between."""
-
 
 class ClusterStorage:
     """The storage that all layers of a cache share. It takes its form from the first cluster that comes.
@@ -54,30 +47,21 @@ class ClusterStorage:
     (`begin`). Both are int64 arrays on the host.
 
     Attributes:
-        on_read: called for every read of clusters that is issued, with its bytes and the addresses it brings.
+        transfers: what moves between the tiers, and the counts of that.
         entry_bytes: of an entry with its position, as it lies on flash.
-        entries_read: entries of clusters that reads were issued for.
-        read_seconds: how long callers waited for reads.
-        bytes_moved: of entries that were written to flash again because their cluster moved or was split.
     """
 
     def __init__(self, config: DynaKVConfig) -> None:
         self.flash = FlashFile(config.directory, config.io_threads)
-        self.on_read: Callable[[int, np.ndarray], None] | None = None
-        self.entries_read = 0
-        self.read_seconds = 0.0
-        self.bytes_moved = 0
+        self.transfers = Transfers(self.flash)
         self.residency: Residency | None = None
         self._largest = config.max_cluster_size
         self._dram = parse_bytes(config.dram)
         self._spent: dict[str, int] = {}
-        self._failed: FlashError | None = None
         self._unfit = False
         self._tables_of_slots = 0
         # Owners of a cluster beyond the first, and the sum of them.
         self._owners, self._extra_owners = PerAddress(np.int16, 0), 0
-        self._writing: Transfer | None = None
-        self._written = np.zeros((0, 2), dtype=np.int64)
         self._width: int
         self.dtype: torch.dtype
 
@@ -114,9 +98,7 @@ class ClusterStorage:
         self.pools = Pools(self._largest, grain if grain <= 4 else 1)
         self.arena = Arena((self._dram - self._shared) // row, self._largest, width * dtype.itemsize)
         self.residency = Residency(self.arena.limit, ClusterAligned(), self.entry_bytes)
-        self._reader, self._writer = Buffer(buffer), Buffer(buffer)
-        self.ahead = Ahead()
-        self._step_bytes = math.gcd(self.entry_bytes, sector)
+        self.transfers.open(self.arena, self.pools, buffer)
 
     @property
     def table(self) -> Residency:
@@ -126,8 +108,8 @@ class ClusterStorage:
             FlashError: a transfer failed earlier, so that what is here is no longer complete.
         """
         assert self.residency is not None
-        if self._failed is not None:
-            raise FlashError(f"clusters were lost when a transfer failed. Make a new DynaKVCache. ({self._failed})")
+        if (failed := self.transfers.failed) is not None:
+            raise FlashError(f"clusters were lost when a transfer failed. Make a new DynaKVCache. ({failed})")
         return self.residency
 
     @property
@@ -189,7 +171,7 @@ class ClusterStorage:
             absent = slots < 0
             slots[absent] = self.table.enter(addresses[absent], lacking[absent])
             self.table.extend(slots[~absent], lacking[~absent])
-            self._load(addresses[read], sizes[read], slots[read], needed[read])
+            self.transfers.load(addresses[read], sizes[read], slots[read], needed[read])
             self._unfit |= self.arena.nbytes + self.table.nbytes > self._tables_of_slots
         return slots
 
@@ -243,15 +225,9 @@ class ClusterStorage:
         if self._extra_owners:
             first = np.sort(np.unique(addresses, return_index=True)[1])
             addresses, sizes = addresses[first], sizes[first]
-        away = np.flatnonzero(~self.resident(addresses))
-        if len(away) == 0:
-            return
-        start, length, _ = self._stretches(addresses[away], sizes[away])
-        away = away[: next(self._parts(self._needs(start, length), len(self._reader.memory))).stop]
-        with self._failing():
-            self.ahead.give_up(self.flash)
-            transfer, placed = self._start_reading(addresses[away], sizes[away])
-            self.ahead.start(transfer, addresses[away], placed)
+        away = ~self.resident(addresses)
+        if away.any():
+            self.transfers.read_ahead(addresses[away], sizes[away])
 
     def create(
         self,
@@ -272,9 +248,9 @@ class ClusterStorage:
                 the order given.
         """
         addresses = self.pools.create(sizes, np.zeros_like(sizes) if group is None else group)
-        self._reserve()
+        self.transfers.reserve(self.pools.end)
         ends = np.cumsum(sizes)
-        parts = list(self._parts(sizes, self.table.capacity // 2))
+        parts = list(portions(sizes, self.table.capacity // 2))
         for part in parts:
             if len(parts) > 1:
                 self.begin()
@@ -284,7 +260,7 @@ class ClusterStorage:
             self._fill(rows, entries[held], None if position is None else position[held])
             if self.pools.end > self.table.capacity:
                 # Most will leave DRAM. Now they are neighbours, later each would share its first and last sector.
-                self._write_back(slots, addresses[part])
+                self.transfers.write_back(slots, addresses[part])
         self._unfit = True
         return addresses
 
@@ -313,7 +289,7 @@ class ClusterStorage:
         self._fill(self.arena.rows(slots, offset), entries, position)
         self.table.resize(grown, after)
         moved = self.pools.resize(self.table.address(grown), after)
-        self._reserve()
+        self.transfers.reserve(self.pools.end)
         self.arena.clean[self.arena.rows(*places(grown[moved], np.zeros_like(before[moved]), after[moved]))] = False
         self._unfit = True
 
@@ -326,7 +302,7 @@ class ClusterStorage:
             addresses: int64 `[N]`, each once.
             sizes: int64 `[N]`, entries that each gets; `entries` `[sizes.sum(), width]` and `position` are in turn.
         """
-        self.ahead.forget(addresses)
+        self.transfers.ahead.forget(addresses)
         before = self.pools.size(addresses)
         slots, evicted = self.table.admit(addresses, sizes, fresh=True)
         self._evict(evicted)
@@ -361,7 +337,7 @@ class ClusterStorage:
         kept = self.table.address(slots)
         self.pools.resize(kept, first)
         addresses = self.pools.add(second, kept)
-        self._reserve()
+        self.transfers.reserve(self.pools.end)
         behind = (first[:, None] + np.arange(self._largest)).clip(max=self._largest - 1)
         self.arena.assign(self._enter(addresses, second), np.take_along_axis(rows, behind, 1), second)
         self._unfit = True
@@ -401,7 +377,7 @@ class ClusterStorage:
         old, source = addresses[shared], slots[shared]
         sizes, none = self.table.size(source), np.zeros_like(source)
         made = self.pools.add(sizes, old)
-        self._reserve()
+        self.transfers.reserve(self.pools.end)
         copies = self._enter(made, sizes)
         rows = self.arena.rows(*places(source, none, sizes))
         self.arena.data[self.arena.take(*places(copies, none, sizes))] = self.arena.data[rows]
@@ -422,7 +398,7 @@ class ClusterStorage:
             addresses = named[taken < times]
         gone = self.table.forget(addresses)
         self.arena.drop(gone.slots)
-        self.ahead.forget(addresses)
+        self.transfers.ahead.forget(addresses)
         self.pools.free(addresses)
 
     def rounds(self, count: int) -> Iterator[slice]:
@@ -487,7 +463,7 @@ class ClusterStorage:
         self.flash.close()
 
     def _saved_parts(self, sizes: np.ndarray) -> Iterator[slice]:
-        return self._parts(sizes * self.entry_bytes, SAVED_PART)
+        return portions(sizes * self.entry_bytes, SAVED_PART)
 
     def _packed(self, addresses: np.ndarray, sizes: np.ndarray) -> bytes:
         """Entries and positions of clusters as they lie in DRAM."""
@@ -529,135 +505,10 @@ class ClusterStorage:
             self.arena.renumber(self.table.renumber())
             self._unfit = True
 
-    def _reserve(self) -> None:
-        """Have room on flash for all places, in steps, so that the device cannot turn out full later."""
-        needed = (self.pools.end + 1) * self.entry_bytes + PAGE
-        if needed > self.flash.size:
-            size = max(needed, self.flash.size + min(self.flash.size, LARGEST_STEP), SMALLEST_STEP)
-            with self._failing():
-                self.flash.reserve(size // PAGE * PAGE)
-
     def _evict(self, evicted: Evicted) -> None:
         if len(evicted.slots):
-            self._write_back(evicted.slots, evicted.addresses)
+            self.transfers.write_back(evicted.slots, evicted.addresses)
             self.arena.drop(evicted.slots)
-
-    def _load(self, addresses: np.ndarray, sizes: np.ndarray, slots: np.ndarray, needed: np.ndarray) -> None:
-        """Bring what is `needed` (bool `[N, m]`) of clusters to slots: from what was read ahead, and from flash."""
-        started = time.perf_counter()
-        with self._failing():
-            here, placed = self.ahead.take(addresses, self.flash)
-            if placed is not None:
-                self._unpack(placed, slots[here], needed[here])
-            addresses, sizes, slots, needed = addresses[~here], sizes[~here], slots[~here], needed[~here]
-            if len(addresses):
-                self.ahead.give_up(self.flash)  # the buffer is wanted for these
-            start, length, _ = self._stretches(addresses, sizes)
-            order = np.argsort(start)
-            for part in self._parts(self._needs(start, length)[order], len(self._reader.memory)):
-                some = order[part]
-                transfer, placed = self._start_reading(addresses[some], sizes[some])
-                self.flash.wait(transfer)
-                self._unpack(placed, slots[some], needed[some])
-        self.read_seconds += time.perf_counter() - started
-
-    def _start_reading(self, addresses: np.ndarray, sizes: np.ndarray) -> tuple[Transfer, Placed]:
-        start, length, placed = self._stretches(addresses, sizes)
-        runs = merge(start, length, self.flash.alignment)
-        self._finish_writes(runs.offset, runs.length)
-        if self.on_read is not None:
-            for i, nbytes in enumerate(runs.length.tolist()):
-                self.on_read(nbytes, addresses[runs.run == i])
-        transfer = self.flash.read(_requests(runs, self._reader))
-        self.entries_read += int(sizes.sum())
-        return transfer, Placed(runs.at + placed.first, placed.step, sizes)
-
-    def _unpack(self, placed: Placed, slots: np.ndarray, needed: np.ndarray) -> None:
-        """Copy entries that were read to rows of their own."""
-        cluster, offset = needed.nonzero()
-        rows = self.arena.take(slots[cluster], offset)
-        at = placed.first[cluster] + placed.step[cluster] * offset
-        self.arena.data[rows] = self._entries_of(self._reader)[at // self._step_bytes]
-        self.arena.clean[rows] = self.arena.stored[rows] = True
-
-    def _write_back(self, slots: np.ndarray, addresses: np.ndarray) -> None:
-        """Write what flash does not hold of clusters; it may still be under way afterwards."""
-        cluster, offset = self.arena.holds(slots).nonzero()
-        rows = self.arena.rows(slots[cluster], offset)
-        changed = ~self.arena.clean[rows]
-        if not changed.any():
-            return
-        self.bytes_moved += int(self.arena.stored[rows[changed]].sum()) * self.entry_bytes
-        origin, step = self.pools.where(addresses)
-        place = origin[cluster] + step[cluster] * offset
-        # A cluster's entries that share a sector with changed ones are written too: it spares reading the sector.
-        sector = self.flash.alignment
-        low, high = place * self.entry_bytes // sector, (place * self.entry_bytes + self.entry_bytes - 1) // sector
-        touched = np.unique([low[changed], high[changed]])
-        changed = np.isin(low, touched) | np.isin(high, touched)
-        order = np.argsort(place[changed])
-        rows, place = rows[changed][order], place[changed][order]
-        self.arena.clean[rows] = self.arena.stored[rows] = True
-
-        longest = len(self._writer.memory) // (4 * self.entry_bytes)
-        begins = np.flatnonzero(np.diff(place, prepend=-2) != 1)
-        count = np.diff(begins, append=len(place))
-        pieces, nth = places(np.arange(len(begins)), np.zeros_like(count), -(-count // longest))
-        begins = begins[pieces] + nth * longest
-        count = np.diff(begins, append=len(place))
-        start, length = place[begins] * self.entry_bytes, count * self.entry_bytes
-        with self._failing():
-            for part in self._parts(self._needs(start, length), len(self._writer.memory)):
-                some = slice(int(begins[part.start]), int(begins[part.stop - 1] + count[part.stop - 1]))
-                self._write(start[part], length[part], rows[some])
-
-    def _write(self, start: np.ndarray, length: np.ndarray, rows: np.ndarray) -> None:
-        """Start writing pieces of the file (bytes, ascending) that hold the entries of `rows` in turn."""
-        self._finish_writes()
-        sector = self.flash.alignment
-        runs = merge(start, length, sector, waste=0)
-        # Sectors of which only a part changes keep the rest.
-        edges = np.concatenate([start, start + length])
-        shared = np.unique(edges[edges % sector > 0] // sector * sector)
-        run = np.searchsorted(runs.offset, shared, side="right") - 1
-        memory = runs.memory[run] + shared - runs.offset[run]
-        reads = [
-            (offset, self._writer.memory[at : at + sector])
-            for offset, at in zip(shared.tolist(), memory.tolist(), strict=True)
-        ]
-        self.flash.wait(self.flash.read(reads))
-        piece, nth = places(np.arange(len(start)), np.zeros_like(length), length // self.entry_bytes)
-        self._entries_of(self._writer)[(runs.at[piece] + nth * self.entry_bytes) // self._step_bytes] = self.arena.data[
-            rows
-        ]
-        self._writing = self.flash.write(_requests(runs, self._writer))
-        self._written = np.stack([runs.offset, runs.offset + runs.length], axis=1)
-
-    def _finish_writes(self, offset: np.ndarray | None = None, length: np.ndarray | None = None) -> None:
-        """Wait for writes under way; if reads are given, only where they touch what is being written."""
-        if self._writing is None:
-            return
-        if offset is not None and length is not None:
-            next_write = np.searchsorted(self._written[:, 1], offset, side="right").clip(max=len(self._written) - 1)
-            begin, end = self._written[next_write].T
-            if not ((begin < offset + length) & (end > offset)).any():
-                return
-        writing, self._writing = self._writing, None
-        self.flash.wait(writing)
-
-    @contextmanager
-    def _failing(self) -> Iterator[None]:
-        """Whatever fails in between leaves clusters incomplete, so nothing may be taken from here afterwards."""
-        try:
-            yield
-        except FlashError as error:
-            self._failed = error
-            raise
-
-    def _entries_of(self, buffer: Buffer) -> np.ndarray:
-        """The entries that begin at each multiple of `_step_bytes` of a buffer, as opaque bytes."""
-        count = (len(buffer.memory) - self.entry_bytes) // self._step_bytes + 1
-        return np.ndarray((count,), self.arena.data.dtype, buffer.memory, strides=(self._step_bytes,))
 
     def _fill(self, rows: np.ndarray, entries: torch.Tensor, position: np.ndarray | None) -> None:
         self.arena.entries[rows] = self._to_bytes(entries)
@@ -672,33 +523,3 @@ class ClusterStorage:
             entries = entries.copy()
         raw = torch.from_numpy(entries[..., None].view(np.uint8))
         return raw.view(self.dtype)
-
-    def _stretches(self, addresses: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray, Placed]:
-        """Where clusters lie in the file: the first byte of each and their bytes, and their entries from there on."""
-        origin, step = self.pools.where(addresses)
-        first = np.where(step < 0, sizes - 1, 0)
-        placed = Placed(first * self.entry_bytes, step * self.entry_bytes, sizes)
-        return (origin - first) * self.entry_bytes, sizes * self.entry_bytes, placed
-
-    def _needs(self, start: np.ndarray, length: np.ndarray) -> np.ndarray:
-        """Bytes of buffer that pieces of the file take at most: whole sectors, or gaps that are read through."""
-        sector = self.flash.alignment
-        whole = -(-(start + length) // sector) * sector - start // sector * sector
-        return np.maximum(whole, np.ceil((1 + WASTE) * length).astype(np.int64))
-
-    @staticmethod
-    def _parts(needs: np.ndarray, room: int) -> Iterator[slice]:
-        """Consecutive parts whose needs fit in `room`, as long as can be."""
-        ends, start = np.cumsum(needs), 0
-        while start < len(needs):
-            taken = int(ends[start - 1]) if start else 0
-            stop = max(start + 1, int(np.searchsorted(ends, taken + room, side="right")))
-            yield slice(start, stop)
-            start = stop
-
-
-def _requests(runs: Runs, buffer: Buffer) -> list[Request]:
-    return [
-        (offset, buffer.memory[at : at + length])
-        for offset, at, length in zip(runs.offset.tolist(), runs.memory.tolist(), runs.length.tolist(), strict=True)
-    ]

@@ -82,7 +82,7 @@ class VectorTable:
 
     def dot_some(self, query: torch.Tensor, cluster: torch.Tensor) -> torch.Tensor:
         """Products of `query` `[S, G, width]` with those of `cluster` (int64 `[S, k]`): float32 `[S, G, k]`."""
-        data = self._rows(cluster)
+        data = _rows(self.data, cluster)
         some = Vectors(data) if self.bits >= 16 else Vectors(data, self.bits, self.step, self.offset)
         return some.dot(query)
 
@@ -106,15 +106,10 @@ class VectorTable:
         for name in self._PER_STREAM:
             setattr(self, name, take(name.strip("_"), torch.float32, *getattr(self, name).shape))
 
-    def permute(self, order: torch.Tensor) -> None:
-        """Let the first of every stream be those at int64 `[S, n]`; the rest stay. No place gives anything."""
-        self.data[:, : order.shape[1]] = self._rows(order.clamp(0, max(0, self.data.shape[1] - 1)))
-
-    def _rows(self, cluster: torch.Tensor) -> torch.Tensor:
-        """What is kept of `cluster`, int64 `[S, n]`: `[S, n, columns]`."""
-        streams, clusters, columns = self.data.shape
-        first = clusters * torch.arange(streams, device=cluster.device).unsqueeze(1)
-        return self.data.view(-1, columns).index_select(0, (cluster + first).flatten()).view(*cluster.shape, columns)
+    def permute(self, order: torch.Tensor, streams: slice = slice(None)) -> None:
+        """Let the first vectors of `streams` be those at int64 `[S, n]`; the rest stay."""
+        data = self.data[streams]
+        data[:, : order.shape[1]] = _rows(data, order)
 
     def _encode(self, vectors: torch.Tensor, offset: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
         codes = ((vectors - offset) / step).round_().clamp_(0, 2**self.bits - 1)
@@ -147,3 +142,10 @@ class VectorTable:
             before = self.read(part.stop, start)[stale]
             self.data[stale, part] = self._encode(before, moved[stale], step[stale])
         self.offset, self.step = moved, step
+
+
+def _rows(data: torch.Tensor, cluster: torch.Tensor) -> torch.Tensor:
+    """The rows `cluster` (int64 `[S, n]`) of `[S, C, columns]`: `[S, n, columns]`."""
+    streams, clusters, columns = data.shape
+    first = clusters * torch.arange(streams, device=cluster.device).unsqueeze(1)
+    return data.view(-1, columns).index_select(0, (cluster + first).flatten()).view(*cluster.shape, columns)

@@ -296,7 +296,7 @@ def test_neighbours_come_in_one_read_and_its_bytes_are_told(recorded):
     record = recorded(126, torch.float32, 2 << 20)
     record.create([4] * 2000)
     told = []
-    record.storage.on_read = lambda nbytes, brought: told.append((nbytes, brought.tolist()))
+    record.storage.transfers.on_read = lambda nbytes, brought: told.append((nbytes, brought.tolist()))
     wanted = record.away(12)
     record.check(wanted)
     assert [sorted(brought) for _, brought in told] == [sorted(wanted)]
@@ -308,11 +308,11 @@ def test_appends_and_splits_write_little_again(recorded):
     record = recorded(128, torch.float32, 256 << 10)
     addresses = record.create([2] * 400)
     record.check(addresses)
-    assert record.storage.bytes_moved == 0
+    assert record.storage.transfers.bytes_moved == 0
     for _ in range(5):
         record.append(addresses[:100])
     record.check(addresses)
-    moved = record.storage.bytes_moved // 516
+    moved = record.storage.transfers.bytes_moved // 516
     assert 200 <= moved <= 100 * (2 + 4)  # out of the pool that was full, and once more when it doubled
 
 
@@ -352,14 +352,14 @@ def test_what_is_read_ahead_is_not_read_again(recorded):
     wanted = record.away(15)
     record.storage.prefetch(np.array(wanted), record.sizes(wanted))
     told = []
-    record.storage.on_read = lambda nbytes, brought: told.append(brought)
+    record.storage.transfers.on_read = lambda nbytes, brought: told.append(brought)
     record.check(wanted[:5])
     record.free(wanted[5:10])
     again = record.create([4] * 5)  # they take the addresses that were freed
     record.check(again)
     record.check(wanted[10:])
     assert told == []
-    counters = record.storage.ahead.counters
+    counters = record.storage.transfers.ahead.counters
     assert (counters.clusters, counters.used) == (15, 10)
     assert counters.waited >= 0 and counters.seconds > 0
 

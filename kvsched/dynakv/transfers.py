@@ -1,0 +1,218 @@
+"""What moves between the two tiers: clusters that are read, and entries that are written back.
+
+Reads and writes of whole sectors go through buffers, from which entries are copied to their rows and the other way; so
+neighbours come in one read whatever lies between.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+
+from ..errors import FlashError
+from .arena import Arena, places
+from .engine import Request, Transfer
+from .flash import PAGE, Buffer, FlashFile
+from .pools import Pools
+from .prefetch import Ahead, Placed
+from .runs import WASTE, Runs, merge
+
+SMALLEST_STEP, LARGEST_STEP = 1 << 20, 64 << 20
+"""Bytes by which the file grows: it doubles in between."""
+
+
+class Transfers:
+    """Moves entries between an arena and the places that pools give them in a file.
+
+    Attributes:
+        on_read: called for every read of clusters that is issued, with its bytes and the addresses it brings.
+        failed: what went wrong; clusters are incomplete since.
+        entries_read: entries of clusters that reads were issued for.
+        read_seconds: how long callers waited for reads.
+        bytes_moved: of entries that were written to flash again because their cluster moved or was split.
+    """
+
+    def __init__(self, flash: FlashFile) -> None:
+        self.flash = flash
+        self.on_read: Callable[[int, np.ndarray], None] | None = None
+        self.failed: FlashError | None = None
+        self.entries_read = 0
+        self.read_seconds = 0.0
+        self.bytes_moved = 0
+        self._writing: Transfer | None = None
+        self._written = np.zeros((0, 2), dtype=np.int64)
+
+    def open(self, arena: Arena, pools: Pools, buffer: int) -> None:
+        """Take the form of entries from an arena, and two buffers of so many bytes."""
+        self.arena, self.pools, self.ahead = arena, pools, Ahead()
+        self._reader, self._writer = Buffer(buffer), Buffer(buffer)
+        self._entry_bytes = arena.data.itemsize
+        self._step_bytes = math.gcd(self._entry_bytes, self.flash.alignment)
+
+    def reserve(self, places: int) -> None:
+        """Have room on flash for so many places, in steps, so that the device cannot turn out full later."""
+        needed = (places + 1) * self._entry_bytes + PAGE
+        if needed > self.flash.size:
+            size = max(needed, self.flash.size + min(self.flash.size, LARGEST_STEP), SMALLEST_STEP)
+            with self._failing():
+                self.flash.reserve(size // PAGE * PAGE)
+
+    def read_ahead(self, addresses: np.ndarray, sizes: np.ndarray) -> None:
+        """Start reading clusters, as many of the first as the buffer takes, in place of what was read ahead before."""
+        start, length, _ = self._stretches(addresses, sizes)
+        some = next(portions(self._needs(start, length), len(self._reader.memory)))
+        with self._failing():
+            self.ahead.give_up(self.flash)
+            transfer, placed = self._start_reading(addresses[some], sizes[some])
+            self.ahead.start(transfer, addresses[some], placed)
+
+    def load(self, addresses: np.ndarray, sizes: np.ndarray, slots: np.ndarray, needed: np.ndarray) -> None:
+        """Bring what is `needed` (bool `[N, m]`) of clusters to slots: from what was read ahead, and from flash."""
+        started = time.perf_counter()
+        with self._failing():
+            here, placed = self.ahead.take(addresses, self.flash)
+            if placed is not None:
+                self._unpack(placed, slots[here], needed[here])
+            addresses, sizes, slots, needed = addresses[~here], sizes[~here], slots[~here], needed[~here]
+            if len(addresses):
+                self.ahead.give_up(self.flash)  # the buffer is wanted for these
+            start, length, _ = self._stretches(addresses, sizes)
+            order = np.argsort(start)
+            for part in portions(self._needs(start, length)[order], len(self._reader.memory)):
+                some = order[part]
+                transfer, placed = self._start_reading(addresses[some], sizes[some])
+                self.flash.wait(transfer)
+                self._unpack(placed, slots[some], needed[some])
+        self.read_seconds += time.perf_counter() - started
+
+    def _start_reading(self, addresses: np.ndarray, sizes: np.ndarray) -> tuple[Transfer, Placed]:
+        start, length, placed = self._stretches(addresses, sizes)
+        runs = merge(start, length, self.flash.alignment)
+        self._finish_writes(runs.offset, runs.length)
+        if self.on_read is not None:
+            for i, nbytes in enumerate(runs.length.tolist()):
+                self.on_read(nbytes, addresses[runs.run == i])
+        transfer = self.flash.read(_requests(runs, self._reader))
+        self.entries_read += int(sizes.sum())
+        return transfer, Placed(runs.at + placed.first, placed.step, sizes)
+
+    def _unpack(self, placed: Placed, slots: np.ndarray, needed: np.ndarray) -> None:
+        """Copy entries that were read to rows of their own."""
+        cluster, offset = needed.nonzero()
+        rows = self.arena.take(slots[cluster], offset)
+        at = placed.first[cluster] + placed.step[cluster] * offset
+        self.arena.data[rows] = self._entries_of(self._reader)[at // self._step_bytes]
+        self.arena.clean[rows] = self.arena.stored[rows] = True
+
+    def write_back(self, slots: np.ndarray, addresses: np.ndarray) -> None:
+        """Write what flash does not hold of clusters; it may still be under way afterwards."""
+        cluster, offset = self.arena.holds(slots).nonzero()
+        rows = self.arena.rows(slots[cluster], offset)
+        changed = ~self.arena.clean[rows]
+        if not changed.any():
+            return
+        self.bytes_moved += int(self.arena.stored[rows[changed]].sum()) * self._entry_bytes
+        origin, step = self.pools.where(addresses)
+        place = origin[cluster] + step[cluster] * offset
+        # A cluster's entries that share a sector with changed ones are written too: it spares reading the sector.
+        sector = self.flash.alignment
+        low, high = place * self._entry_bytes // sector, (place * self._entry_bytes + self._entry_bytes - 1) // sector
+        touched = np.unique([low[changed], high[changed]])
+        changed = np.isin(low, touched) | np.isin(high, touched)
+        order = np.argsort(place[changed])
+        rows, place = rows[changed][order], place[changed][order]
+        self.arena.clean[rows] = self.arena.stored[rows] = True
+
+        longest = len(self._writer.memory) // (4 * self._entry_bytes)
+        begins = np.flatnonzero(np.diff(place, prepend=-2) != 1)
+        count = np.diff(begins, append=len(place))
+        pieces, nth = places(np.arange(len(begins)), np.zeros_like(count), -(-count // longest))
+        begins = begins[pieces] + nth * longest
+        count = np.diff(begins, append=len(place))
+        start, length = place[begins] * self._entry_bytes, count * self._entry_bytes
+        with self._failing():
+            for part in portions(self._needs(start, length), len(self._writer.memory)):
+                some = slice(int(begins[part.start]), int(begins[part.stop - 1] + count[part.stop - 1]))
+                self._write(start[part], length[part], rows[some])
+
+    def _write(self, start: np.ndarray, length: np.ndarray, rows: np.ndarray) -> None:
+        """Start writing pieces of the file (bytes, ascending) that hold the entries of `rows` in turn."""
+        self._finish_writes()
+        sector = self.flash.alignment
+        runs = merge(start, length, sector, waste=0)
+        # Sectors of which only a part changes keep the rest.
+        edges = np.concatenate([start, start + length])
+        shared = np.unique(edges[edges % sector > 0] // sector * sector)
+        run = np.searchsorted(runs.offset, shared, side="right") - 1
+        memory = runs.memory[run] + shared - runs.offset[run]
+        reads = [
+            (offset, self._writer.memory[at : at + sector])
+            for offset, at in zip(shared.tolist(), memory.tolist(), strict=True)
+        ]
+        self.flash.wait(self.flash.read(reads))
+        piece, nth = places(np.arange(len(start)), np.zeros_like(length), length // self._entry_bytes)
+        self._entries_of(self._writer)[(runs.at[piece] + nth * self._entry_bytes) // self._step_bytes] = (
+            self.arena.data[rows]
+        )
+        self._writing = self.flash.write(_requests(runs, self._writer))
+        self._written = np.stack([runs.offset, runs.offset + runs.length], axis=1)
+
+    def _finish_writes(self, offset: np.ndarray | None = None, length: np.ndarray | None = None) -> None:
+        """Wait for writes under way; if reads are given, only where they touch what is being written."""
+        if self._writing is None:
+            return
+        if offset is not None and length is not None:
+            next_write = np.searchsorted(self._written[:, 1], offset, side="right").clip(max=len(self._written) - 1)
+            begin, end = self._written[next_write].T
+            if not ((begin < offset + length) & (end > offset)).any():
+                return
+        writing, self._writing = self._writing, None
+        self.flash.wait(writing)
+
+    @contextmanager
+    def _failing(self) -> Iterator[None]:
+        """Whatever fails in between leaves clusters incomplete, so nothing may be taken from here afterwards."""
+        try:
+            yield
+        except FlashError as error:
+            self.failed = error
+            raise
+
+    def _entries_of(self, buffer: Buffer) -> np.ndarray:
+        """The entries that begin at each multiple of `_step_bytes` of a buffer, as opaque bytes."""
+        count = (len(buffer.memory) - self._entry_bytes) // self._step_bytes + 1
+        return np.ndarray((count,), self.arena.data.dtype, buffer.memory, strides=(self._step_bytes,))
+
+    def _stretches(self, addresses: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray, Placed]:
+        """Where clusters lie in the file: the first byte of each and their bytes, and their entries from there on."""
+        origin, step = self.pools.where(addresses)
+        first = np.where(step < 0, sizes - 1, 0)
+        placed = Placed(first * self._entry_bytes, step * self._entry_bytes, sizes)
+        return (origin - first) * self._entry_bytes, sizes * self._entry_bytes, placed
+
+    def _needs(self, start: np.ndarray, length: np.ndarray) -> np.ndarray:
+        """Bytes of buffer that pieces of the file take at most: whole sectors, or gaps that are read through."""
+        sector = self.flash.alignment
+        whole = -(-(start + length) // sector) * sector - start // sector * sector
+        return np.maximum(whole, np.ceil((1 + WASTE) * length).astype(np.int64))
+
+
+def portions(needs: np.ndarray, room: int) -> Iterator[slice]:
+    """Consecutive parts whose needs fit in `room`, as long as can be."""
+    ends, start = np.cumsum(needs), 0
+    while start < len(needs):
+        taken = int(ends[start - 1]) if start else 0
+        stop = max(start + 1, int(np.searchsorted(ends, taken + room, side="right")))
+        yield slice(start, stop)
+        start = stop
+
+
+def _requests(runs: Runs, buffer: Buffer) -> list[Request]:
+    return [
+        (offset, buffer.memory[at : at + length])
+        for offset, at, length in zip(runs.offset.tolist(), runs.memory.tolist(), runs.length.tolist(), strict=True)
+    ]
