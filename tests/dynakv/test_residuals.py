@@ -41,7 +41,7 @@ def test_every_token_keeps_its_residual(data):
         some = [(s, c) for s, of in enumerate(held) for c in range(len(of)) if data.draw(st.booleans())]
         if step == "create":
             some = [(s, len(of) + i) for s, of in enumerate(held) for i in range(data.draw(st.integers(0, 3)))]
-            residuals.grow(max(len(of) for of in held) + 3)
+            residuals.grow(max(residuals.size.shape[1], max(len(of) for of in held) + 3))
             for s, _ in some:
                 held[s].append(torch.zeros(0, WIDTH))
         stream, cluster = torch.tensor(some, dtype=torch.long).view(-1, 2).T
