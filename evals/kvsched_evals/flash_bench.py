@@ -265,7 +265,7 @@ def moved(heads: list[Head], steps: int, entry: int, directory: Path) -> dict[st
             sizes = head.sizes.astype(np.int64)
             storage.begin()
             entries = torch.zeros(int(sizes.sum()), entry // 2, dtype=torch.float16)
-            addresses = storage.create(entries, sizes, None, np.full(len(sizes), number))
+            addresses = storage.create(entries, sizes, None, np.full(len(sizes), number), growing=True)
             own = [[[int(a), int(s)]] for a, s in zip(addresses, sizes, strict=True)]
             total = int(sizes.sum())
             before = np.cumsum(sizes) - sizes

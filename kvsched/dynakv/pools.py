@@ -3,10 +3,10 @@
 The file is a row of places, one for each entry (key and value of a token). After DynaKV's dual-head pools: the first
 cluster of a pool grows upwards from its start, the second downwards from its end, so appending moves nothing while
 both fit. The paper leaves open what a full pool does; here the cluster that grows out of it goes to a new one, which
-costs little: a cluster that grows lies in DRAM whole. It sizes a pool to twice the largest cluster; clusters are small
-here and most of a prompt's never grow again, so pools that are made together (a prompt's) are as large as their two
-clusters, without gaps that every read of neighbours would pay for, and pools of clusters that do grow have `GROWTH`
-times the room that these need now.
+costs little: a cluster that grows out of its pool lies in DRAM whole. It sizes a pool to twice the largest cluster;
+most of a prompt's never grow again, so pools that are made together (a prompt's) have `SPARE` of their two clusters as
+room between these, which a read of both passes over, and pools of clusters that did grow have `GROWTH` times the room
+that these need now.
 """
 
 from __future__ import annotations
@@ -17,6 +17,9 @@ import numpy as np
 
 GROWTH = 2
 """Room of a growing cluster, in multiples of its size: it moves when it doubled, so each entry moves about once."""
+
+SPARE = 0.25
+"""Room in a prompt's pool, as a share of its two clusters, where clusters grow at all."""
 
 CHUNK = 256
 """Places set aside at a time for the pools of one group, so that what a stream adds in turn lies side by side."""
@@ -143,12 +146,13 @@ class Pools:
         addresses = addresses[order]
         return addresses, self._size[addresses].astype(np.int64), group[order]
 
-    def create(self, sizes: np.ndarray, group: np.ndarray) -> np.ndarray:
-        """Lay clusters down side by side in the order given, without gaps: those that are retrieved together, together.
+    def create(self, sizes: np.ndarray, group: np.ndarray, growing: bool = False) -> np.ndarray:
+        """Lay clusters down side by side in the order given: those that are retrieved together, together.
 
         Args:
             sizes: int64 `[N]`, entries of each.
             group: int64 `[N]`, ascending; a pair is always of one group (a stream of a layer).
+            growing: they are going to grow, so that pairs have room; else there are no gaps.
 
         Returns:
             int64 `[N]`, their addresses.
@@ -160,7 +164,7 @@ class Pools:
         rank = np.arange(len(sizes)) - np.repeat(begins, np.diff(begins, append=len(sizes)))
         side = rank % 2
         nth = np.cumsum(side == 0) - 1
-        capacity = np.bincount(nth, weights=sizes).astype(np.int64)
+        capacity = np.ceil(np.bincount(nth, weights=sizes) * (1 + SPARE * growing)).astype(np.int64)
         start = self._take_places(self._whole(int(capacity.sum()))) + np.cumsum(capacity) - capacity
         pools = self._new_pools(start, capacity, group[side == 0])
         self._member[pools[nth], side] = addresses

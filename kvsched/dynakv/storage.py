@@ -235,6 +235,7 @@ class ClusterStorage:
         sizes: np.ndarray,
         position: np.ndarray | None = None,
         group: np.ndarray | None = None,
+        growing: bool = False,
     ) -> np.ndarray:
         """Addresses of new clusters, whose places on flash are reserved now; they are written when they leave DRAM.
 
@@ -246,8 +247,9 @@ class ClusterStorage:
             position: integers `[sizes.sum()]`, kept with the entries.
             group: int64 `[N]`, ascending: the stream of each, over all layers. Clusters of a group lie side by side in
                 the order given.
+            growing: tokens are going to join them.
         """
-        addresses = self.pools.create(sizes, np.zeros_like(sizes) if group is None else group)
+        addresses = self.pools.create(sizes, np.zeros_like(sizes) if group is None else group, growing)
         self.transfers.reserve(self.pools.end)
         ends = np.cumsum(sizes)
         parts = list(portions(sizes, self.table.capacity // 2))
@@ -455,7 +457,9 @@ class ClusterStorage:
         addresses = np.full(int(old.max(initial=-1)) + 1, -1, dtype=np.int64)
         for part, packed in zip(self._saved_parts(sizes), saved.parts(), strict=True):
             entries, position = self.arena.apart(np.frombuffer(packed, dtype=self.arena.data.dtype))
-            addresses[old[part]] = self.create(self._to_tensor(entries.copy()), sizes[part], position, group[part])
+            addresses[old[part]] = self.create(
+                self._to_tensor(entries.copy()), sizes[part], position, group[part], growing=True
+            )
         return addresses
 
     def close(self) -> None:

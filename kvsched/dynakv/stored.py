@@ -39,7 +39,7 @@ class StoredClusters:
         self.storage, self.policy, self.packing, self.streams = storage, policy, packing, streams
         self.form = form = packing.form
         self.largest = policy.config.max_cluster_size
-        self._number = number
+        self._number, self._growing = number, policy.intake != "own"
         forms, chained = policy.forms(form.key_width, form.value_width), policy.intake == "chain"
         self.index = ClusterIndex(streams, forms, self.largest, form.device, chained, policy.residual_bits)
         self.splits, self.moved = torch.zeros(2, streams, dtype=torch.long, device=form.device).unbind()
@@ -143,7 +143,7 @@ class StoredClusters:
             here = stream[part][nth], token[part][nth, offset]
             packed = self.packing.pack(entries[here], position[here], here[0])
             address = self.storage.create(
-                packed, to_host(size[part]), to_host(position[here]), to_host(self._pool(stream[part]))
+                packed, to_host(size[part]), to_host(position[here]), to_host(self._pool(stream[part])), self._growing
             )
             own = {name: vector[whole[part]] for name, vector in vectors.items()}
             made = Clusters(stream[part], size[part], deviation[whole[part]], own, keys[here])
@@ -265,7 +265,8 @@ class StoredClusters:
         self.index.empty(stream, cluster)
         some = size > 0
         stream, cluster, size = stream[some], cluster[some], size[some]
-        address = self.storage.create(packed, to_host(size), to_host(position), to_host(self._pool(stream)))
+        pool = to_host(self._pool(stream))
+        address = self.storage.create(packed, to_host(size), to_host(position), pool, self._growing)
         self.index.address[stream, cluster] = self._to_device(address).to(self.index.address)
         of = torch.arange(len(size), device=size.device).repeat_interleave(size)
         entries = self.packing.unpack(packed, position, stream[of])

@@ -80,6 +80,17 @@ def test_clusters_made_together_lie_together_without_gaps():
     assert [of == sorted(of) for of in places.values()] == [True, False, True, True, False, True, False]
 
 
+def test_clusters_that_are_going_to_grow_have_room_between_the_two_of_a_pair():
+    sizes, pools = np.array([8, 8, 4]), Pools(LARGEST)
+    addresses = pools.create(sizes, np.zeros(3, dtype=np.int64), growing=True)
+    first, second, third = taken(pools, dict(zip(addresses.tolist(), sizes.tolist(), strict=True))).values()
+    assert (first[0], second[0], third[0]) == (0, 19, 20), "one from the start, one from the end of 20, then the next"
+    assert pools.have_room(addresses, np.array([10, 10, 5])).all()
+    assert pools.have_room(addresses, np.array([10, 11, 6])).tolist() == [False, False, False]
+    assert pools.have_room(addresses[:1], np.array([12])).all()
+    assert not pools.resize(addresses, np.array([10, 10, 5])).any()
+
+
 def test_a_pair_grows_inwards_and_a_place_that_was_left_is_taken_by_another():
     pools = Pools(LARGEST)
     (origin,) = pools.create(np.array([4]), np.array([0]))
