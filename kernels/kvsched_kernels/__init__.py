@@ -6,20 +6,25 @@ Throughout, `S` counts streams: batch rows x KV heads. Every operation runs over
 from .attention import Part, cap_scores, decode_attention, merge_parts, softmax_weights
 from .cluster_attention import Estimate, Pool, Runs, cluster_attention
 from .codec import Waves, dequantize, quantize, rotate
-from .codes import Vectors, dot, mix, pack, unpack
+from .codes import Vectors, dot, mix, pack, rows, unpack
 from .kmeans import Moments, divide, kmeans, lloyd_step, members, moments, nearest, two_means, update
 from .select import choose_clusters, cluster_worth
+from .tokens import ClusterMasses, TokenChoice, Tokens, choose_tokens, token_masses
 
 __all__ = [
+    "ClusterMasses",
     "Estimate",
     "Moments",
     "Part",
     "Pool",
     "Runs",
+    "TokenChoice",
+    "Tokens",
     "Vectors",
     "Waves",
     "cap_scores",
     "choose_clusters",
+    "choose_tokens",
     "cluster_attention",
     "cluster_worth",
     "decode_attention",
@@ -36,7 +41,9 @@ __all__ = [
     "pack",
     "quantize",
     "rotate",
+    "rows",
     "softmax_weights",
+    "token_masses",
     "two_means",
     "unpack",
     "update",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -35,6 +35,10 @@ class Vectors:
         if self.step is None or self.offset is None:
             return torch.bmm(query, self.data.float().transpose(1, 2))
         return dot(query * self.step, self.data, self.bits).add_((query * self.offset).sum(-1, keepdim=True))
+
+    def rows(self, row: torch.Tensor) -> Vectors:
+        """Those of int64 `row` `[S, n]`, copied."""
+        return replace(self, data=rows(self.data, row))
 
     def mix(self, weight: torch.Tensor, dim: int) -> torch.Tensor:
         """Sums of vectors by float32 `weight` `[S, G, C]`: float32 `[S, G, dim]`."""
@@ -86,6 +90,13 @@ def mix(weight: torch.Tensor, packed: torch.Tensor, bits: int, dim: int) -> torc
     pieces = _pieces(packed, dim)
     sums = [_mix(*both, bits) for both in zip(weight.split(pieces[0].shape[1], dim=2), pieces, strict=True)]
     return (torch.stack(sums).sum(0) if len(sums) > 1 else sums[0])[..., :dim]
+
+
+def rows(data: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
+    """The rows int64 `[S, n]` of `[S, C, W]`: `[S, n, W]`."""
+    streams, clusters, width = data.shape
+    first = clusters * torch.arange(streams, device=row.device).unsqueeze(1)
+    return data.view(-1, width).index_select(0, (row + first).flatten()).view(*row.shape, width)
 
 
 def _pieces(packed: torch.Tensor, dim: int) -> tuple[torch.Tensor, ...]:

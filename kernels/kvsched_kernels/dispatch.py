@@ -1,4 +1,4 @@
-"""Whether an operation runs as a Triton kernel. On a CPU plain torch is the way; anywhere else it is a fall-back."""
+"""Whether an operation runs as a Triton kernel, or compiled for the CPU, instead of in plain torch."""
 
 from __future__ import annotations
 
@@ -29,6 +29,23 @@ def triton_runs(operation: str, tensor: torch.Tensor, refused: str | None = None
     if reason is not None:
         _say(operation, reason)
     return reason is None
+
+
+def numba_runs(operation: str, tensor: torch.Tensor) -> bool:
+    """Whether what Numba compiled of `operation` for the CPU takes a call with tensors like `tensor`.
+
+    That a call in float32 on a CPU runs in plain torch all the same is logged once.
+    """
+    if tensor.device.type != "cpu" or tensor.dtype != torch.float32 or tensor.requires_grad:
+        return False
+    if not _numba():
+        _say(operation, "Numba is not installed: pip install numba")
+    return _numba()
+
+
+@functools.cache
+def _numba() -> bool:
+    return importlib.util.find_spec("numba") is not None
 
 
 def too_wide(*channels: int, dtype: torch.dtype = torch.float16) -> str | None:

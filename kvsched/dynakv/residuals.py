@@ -11,6 +11,8 @@ from collections.abc import Callable
 
 import torch
 
+from kvsched_kernels import Vectors
+
 from .ranks import ranks
 from .table import VectorTable
 
@@ -70,21 +72,10 @@ class TokenResiduals:
         """Residuals of no tokens."""
         return self._table.offset.new_zeros(0, self._table.width)
 
-    def dot(self, query: torch.Tensor, cluster: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Products of queries with the residuals of some clusters.
-
-        Args:
-            query: float32 `[S, G, D]`.
-            cluster: int64 `[S, k]`.
-
-        Returns:
-            float32 `[S, G, k, m]` for the m tokens of the largest, and bool `[S, k, m]`, where there is a token.
-        """
-        size = self.size.gather(1, cluster).long()
-        offset = torch.arange(int(size.max()), device=size.device)
-        there = offset < size.unsqueeze(2)
-        row = (self._starts().gather(1, cluster).unsqueeze(2) + offset).mul_(there)
-        return self._table.dot_some(query, row.flatten(1)).unflatten(2, row.shape[1:]), there
+    def lie(self, cluster: torch.Tensor) -> tuple[Vectors, torch.Tensor, torch.Tensor]:
+        """All residuals, and of some clusters (int64 `[S, k]`) the first of their tokens' and how many, int64."""
+        rows = self._table.data.shape[1]
+        return self._table.vectors(rows), self._starts().gather(1, cluster), self.size.gather(1, cluster).long()
 
     def grow(self, clusters: int) -> None:
         """Make room for `clusters` of each stream."""

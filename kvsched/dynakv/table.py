@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from kvsched_kernels import Vectors, moments, pack
+from kvsched_kernels import Vectors, moments, pack, rows
 
 _REACH = {2: 1.5, 4: 3.0, 8: 8.0}
 """Standard deviations from the mean to the outermost code. Beyond them numbers are clipped, which costs less recall on
@@ -80,12 +80,6 @@ class VectorTable:
         """Products with `query` `[S, G, width]`: float32 `[S, G, clusters]`."""
         return self.vectors(clusters).dot(query)
 
-    def dot_some(self, query: torch.Tensor, cluster: torch.Tensor) -> torch.Tensor:
-        """Products of `query` `[S, G, width]` with those of `cluster` (int64 `[S, k]`): float32 `[S, G, k]`."""
-        data = _rows(self.data, cluster)
-        some = Vectors(data) if self.bits >= 16 else Vectors(data, self.bits, self.step, self.offset)
-        return some.dot(query)
-
     def mix(self, weight: torch.Tensor) -> torch.Tensor:
         """Sums of vectors by float32 `weight` `[S, G, clusters]`: float32 `[S, G, width]`."""
         return self.vectors(weight.shape[-1]).mix(weight, self.width)
@@ -109,7 +103,7 @@ class VectorTable:
     def permute(self, order: torch.Tensor, streams: slice = slice(None)) -> None:
         """Let the first vectors of `streams` be those at int64 `[S, n]`; the rest stay."""
         data = self.data[streams]
-        data[:, : order.shape[1]] = _rows(data, order)
+        data[:, : order.shape[1]] = rows(data, order)
 
     def _encode(self, vectors: torch.Tensor, offset: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
         codes = ((vectors - offset) / step).round_().clamp_(0, 2**self.bits - 1)
@@ -142,10 +136,3 @@ class VectorTable:
             before = self.read(part.stop, start)[stale]
             self.data[stale, part] = self._encode(before, moved[stale], step[stale])
         self.offset, self.step = moved, step
-
-
-def _rows(data: torch.Tensor, cluster: torch.Tensor) -> torch.Tensor:
-    """The rows `cluster` (int64 `[S, n]`) of `[S, C, columns]`: `[S, n, columns]`."""
-    streams, clusters, columns = data.shape
-    first = clusters * torch.arange(streams, device=cluster.device).unsqueeze(1)
-    return data.view(-1, columns).index_select(0, (cluster + first).flatten()).view(*cluster.shape, columns)

@@ -28,6 +28,23 @@ def test_a_cpu_is_no_fall_back(caplog):
     assert not caplog.records
 
 
+def test_a_cpu_without_numba_says_so_once_and_numba_takes_float32_alone(caplog, monkeypatch):
+    assert dispatch.numba_runs("token_masses", torch.zeros(1))
+    assert not dispatch.numba_runs("token_masses", torch.zeros(1, dtype=torch.float64))
+    assert not dispatch.numba_runs("token_masses", torch.zeros(1, requires_grad=True))
+    assert not dispatch.numba_runs("token_masses", torch.zeros(1, device="meta"))
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "numba" else find(name))
+    dispatch._numba.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        assert not dispatch.numba_runs("token_masses", torch.zeros(1))
+        assert not dispatch.numba_runs("token_masses", torch.zeros(1))
+    dispatch._numba.cache_clear()
+    assert [record.message for record in caplog.records] == [
+        "token_masses runs in plain torch: Numba is not installed: pip install numba"
+    ]
+
+
 def test_another_device_says_why_and_once(caplog):
     tensor = torch.zeros(1, device="meta")
     with caplog.at_level(logging.WARNING):
