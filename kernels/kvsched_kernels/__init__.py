@@ -7,6 +7,7 @@ from .attention import Part, cap_scores, decode_attention, merge_parts, softmax_
 from .cluster_attention import Estimate, Pool, Runs, cluster_attention
 from .codec import Waves, dequantize, quantize, rotate
 from .codes import Vectors, dot, mix, pack, rows, unpack
+from .gather import fullest, gather_entries
 from .kmeans import Moments, divide, kmeans, lloyd_step, members, moments, nearest, two_means, update
 from .select import choose_clusters, cluster_worth
 from .tokens import ClusterMasses, TokenChoice, Tokens, choose_tokens, token_masses
@@ -31,6 +32,8 @@ __all__ = [
     "dequantize",
     "divide",
     "dot",
+    "fullest",
+    "gather_entries",
     "kmeans",
     "lloyd_step",
     "members",

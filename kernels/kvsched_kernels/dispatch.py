@@ -32,12 +32,14 @@ def triton_runs(operation: str, tensor: torch.Tensor, refused: str | None = None
 
 
 def numba_runs(operation: str, tensor: torch.Tensor) -> bool:
-    """Whether what Numba compiled of `operation` for the CPU takes a call with tensors like `tensor`.
-
-    That a call in float32 on a CPU runs in plain torch all the same is logged once.
-    """
+    """Whether what Numba compiles of `operation` for the CPU takes a call with tensors like `tensor`."""
     if tensor.device.type != "cpu" or tensor.dtype != torch.float32 or tensor.requires_grad:
         return False
+    return numba_installed(operation)
+
+
+def numba_installed(operation: str) -> bool:
+    """Whether `operation` can be compiled for the CPU. That it cannot is logged once."""
     if not _numba():
         _say(operation, "Numba is not installed: pip install numba")
     return _numba()
@@ -72,4 +74,4 @@ def unavailable(device: torch.device) -> str | None:
 
 @functools.cache
 def _say(operation: str, reason: str) -> None:
-    _LOG.warning("%s runs in plain torch: %s", operation, reason)
+    _LOG.warning("%s runs uncompiled: %s", operation, reason)

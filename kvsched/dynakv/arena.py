@@ -11,6 +11,8 @@ import mmap
 
 import numpy as np
 
+from kvsched_kernels import gather_entries
+
 POSITION_BYTES = 4
 """Bytes that follow an entry, in DRAM and on flash: the token's position in the sequence, int32."""
 
@@ -41,6 +43,7 @@ class Arena:
         self._memory = mmap.mmap(-1, rows * row, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self.data = np.frombuffer(self._memory, dtype=f"V{row}", count=rows)
         self.entries, self.position = self.apart(self.data)
+        self._bytes = np.frombuffer(self._memory, dtype=np.uint8)
         self.clean = np.zeros(rows, dtype=bool)
         self.stored = np.zeros(rows, dtype=bool)
         self.limit = rows
@@ -76,6 +79,18 @@ class Arena:
         if len(self._table) == 0:
             return np.zeros((*slots.shape, self._table.shape[1]), dtype=bool)
         return (self._table[slots] >= 0) & (slots >= 0)[..., None]
+
+    def gather(
+        self,
+        slots: np.ndarray,
+        wanted: np.ndarray,
+        stream: np.ndarray,
+        filled: np.ndarray,
+        entries: np.ndarray,
+        position: np.ndarray,
+    ) -> None:
+        """Copy what is `wanted` of `slots`; see `gather_entries`."""
+        gather_entries(self._bytes, self.position, self._table, slots, wanted, stream, filled, entries, position)
 
     def take(self, slot: np.ndarray, offset: np.ndarray) -> np.ndarray:
         """Give rows to entries that are not here, at `offset` of `slot` (int64 `[N]` each).

@@ -1,10 +1,9 @@
-"""What a query was given to attend to: the clusters that were chosen, and where their entries go in a dense batch."""
+"""What a query was given to attend to."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 
@@ -31,26 +30,3 @@ class Retrieval:
         """The tokens that bool `kept` `[S, k, m]` marks of clusters, int64 `[S, k]`."""
         stream, nth = kept.any(2).nonzero(as_tuple=True)
         return cls(stream, cluster[stream, nth], kept[stream, nth])
-
-
-@dataclass(frozen=True)
-class Places:
-    """Where tokens of some clusters go in a batch of `[S, width]` tokens that is packed to the left.
-
-    Args:
-        row: int64 `[T]`, for every token in the order of the clusters `stream * width + column`.
-        width: tokens of the fullest stream.
-    """
-
-    row: np.ndarray
-    width: int
-
-
-def places(stream: np.ndarray, taken: np.ndarray, streams: int) -> Places:
-    """Where tokens go of clusters that belong to `stream` `[N]` (ascending), `taken` `[N]` of each."""
-    per_stream = np.bincount(stream, weights=taken, minlength=streams).astype(np.int64)
-    width = int(per_stream.max())
-    before = np.arange(streams) * width - (np.cumsum(per_stream) - per_stream)
-    row = np.arange(int(per_stream.sum()))
-    row += np.repeat(before, per_stream)
-    return Places(row, width)

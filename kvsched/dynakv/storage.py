@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from kvsched_kernels import fullest
+
 from ..config import DynaKVConfig, parse_bytes
 from ..errors import ConfigError, FlashError, UnsupportedModelError
 from .arena import POSITION_BYTES, ROW_TABLES, Arena, places
@@ -163,8 +165,11 @@ class ClusterStorage:
         return self._fetch(addresses, sizes, wanted)
 
     def _fetch(self, addresses: np.ndarray, sizes: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-        needed = wanted & ~self.arena.holds(self.table.slot_of(addresses))[:, : wanted.shape[1]]
-        lacking = needed.sum(1)
+        if self.complete:
+            needed, lacking = wanted, np.zeros_like(sizes)
+        else:
+            needed = wanted & ~self.arena.holds(self.table.slot_of(addresses))[:, : wanted.shape[1]]
+            lacking = needed.sum(1)
         slots, evicted = self.table.admit(addresses, lacking)
         self._evict(evicted)
         if (read := lacking > 0).any():
@@ -180,35 +185,33 @@ class ClusterStorage:
         addresses: np.ndarray,
         sizes: np.ndarray,
         wanted: np.ndarray | None = None,
-        row: np.ndarray | None = None,
-        rows: int = 0,
-    ) -> tuple[torch.Tensor, np.ndarray]:
-        """Entries of clusters, `[n, width]`, cluster after cluster, and their positions, int32.
+        stream: np.ndarray | None = None,
+        streams: int = 1,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Entries of clusters, `[S, n, width]`, cluster after cluster, and their positions, int64 `[S, n]`.
 
         It starts rounds of its own: clusters that DRAM cannot hold at once come one part after the other.
 
         Args:
             wanted: bool `[N, m]`, which entries; `None` for all.
-            row: int64 `[n]`, where each goes among `rows` instead. What no entry goes to is 0, at position -1.
+            stream: int64 `[N]`, of S `streams`; `None` for one. Those with less than the fullest end in entries of 0,
+                at position -1.
         """
-        if wanted is None:
-            wanted = np.arange(int(sizes.max(initial=0))) < sizes[:, None]
-        if row is None:
-            rows = int(wanted.sum())
-            row = np.arange(rows)
+        wanted = np.arange(int(sizes.max(initial=0))) < sizes[:, None] if wanted is None else wanted
+        stream = np.zeros_like(addresses) if stream is None else stream
+        width, filled = fullest(wanted, stream, streams), np.zeros(streams, dtype=np.int64)
+        entries = torch.zeros(streams, width, self._width, dtype=self.dtype)
+        position = torch.full((streams, width), -1)
+        into = entries.view(torch.uint8).numpy(), position.numpy()
         ends = np.cumsum(self._taken(addresses, sizes, wanted))
-        data = np.zeros(max(1, rows), dtype=self.arena.data.dtype)  # none would have no memory to look at
-        entries, position = self.arena.apart(data)
-        position[:] = -1
-        start = done = held = 0
+        start = held = 0
         while start < len(sizes):
             self.begin()
             part = slice(start, max(start + 1, int(np.searchsorted(ends, held + self.table.capacity, side="right"))))
             slots = self.fetch(addresses[part], sizes[part], wanted[part])
-            nth, offset = wanted[part].nonzero()
-            data[row[done : done + len(nth)]] = self.arena.data[self.arena.rows(slots[nth], offset)]
-            start, done, held = part.stop, done + len(nth), int(ends[part.stop - 1])
-        return self._to_tensor(entries[:rows]), position[:rows].copy()
+            self.arena.gather(slots, wanted[part], stream[part], filled, *into)
+            start, held = part.stop, int(ends[part.stop - 1])
+        return entries, position
 
     def _taken(self, addresses: np.ndarray, sizes: np.ndarray, wanted: np.ndarray) -> np.ndarray:
         """Entries that clusters take in DRAM, at most, when what is `wanted` of them is there: what is there stays."""
@@ -471,10 +474,10 @@ class ClusterStorage:
 
     def _packed(self, addresses: np.ndarray, sizes: np.ndarray) -> bytes:
         """Entries and positions of clusters as they lie in DRAM."""
-        entries, position = self.gather(addresses, sizes)
+        (entries,), (position,) = self.gather(addresses, sizes)
         rows = np.empty(len(position), dtype=self.arena.data.dtype)
         into, at = self.arena.apart(rows)
-        into[:], at[:] = self._to_bytes(entries), position
+        into[:], at[:] = self._to_bytes(entries), position.numpy()
         return rows.tobytes()
 
     def _enter(self, addresses: np.ndarray, sizes: np.ndarray) -> np.ndarray:

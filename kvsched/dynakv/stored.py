@@ -14,7 +14,6 @@ from .entries import Packing
 from .policies import Policy
 from .pools import keep_order
 from .ranks import ranks
-from .retrieval import places
 from .storage import ClusterStorage
 
 _NUMBERS_AT_ONCE = 1 << 18
@@ -80,15 +79,11 @@ class StoredClusters:
             stream, cluster: int64 `[N]`, by stream.
             kept: bool `[N, m]`, which tokens are wanted; `None` for all.
         """
-        size = to_host(self.index.size[stream, cluster])
+        address, size = self.index.address[stream, cluster], self.index.size[stream, cluster]
         wanted = None if kept is None else to_host(kept)
-        at = places(to_host(stream), size if wanted is None else wanted.sum(1), self.streams)
-        address = to_host(self.index.address[stream, cluster])
-        entries, position = self.storage.gather(address, size, wanted, at.row, self.streams * at.width)
-        positions = self._to_device(position.astype(np.int64)).view(self.streams, at.width)
-        streams = torch.arange(self.streams, device=self.form.device).unsqueeze(1)
-        entries = entries.view(self.streams, at.width, entries.shape[1])
-        return self.packing.unpack(entries, positions, streams), positions
+        entries, position = self.storage.gather(to_host(address), to_host(size), wanted, to_host(stream), self.streams)
+        position, streams = position.to(self.form.device), torch.arange(self.streams, device=self.form.device)
+        return self.packing.unpack(entries, position, streams.unsqueeze(1)), position
 
     def parts(self, tokens: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """All clusters, in parts of about `tokens` tokens over all streams: stream, number, int64 `[N]` by stream."""
@@ -239,8 +234,8 @@ class StoredClusters:
         """
         for stream, cluster in self.parts(_TAKEN_AT_ONCE):
             size = self.index.size[stream, cluster].long()
-            packed, at = self.storage.gather(to_host(self.index.address[stream, cluster]), to_host(size))
-            packed, position = packed.to(self.form.device), self._to_device(at).long()
+            (packed,), (position,) = self.storage.gather(to_host(self.index.address[stream, cluster]), to_host(size))
+            packed, position = packed.to(self.form.device), position.to(self.form.device)
             of = torch.arange(len(size), device=size.device).repeat_interleave(size)
             kept = position < start
             left = torch.bincount(of[kept], minlength=len(size))

@@ -123,7 +123,7 @@ class Recorded:
             del self.held[address]
 
     def check(self, addresses: list[int]) -> None:
-        entries, position = self.storage.gather(np.array(addresses, dtype=np.int64), self.sizes(addresses))
+        (entries,), (position,) = self.storage.gather(np.array(addresses, dtype=np.int64), self.sizes(addresses))
         wanted = [self.held[address] for address in addresses]
         if addresses:
             expected = torch.cat([part for part, _ in wanted])
@@ -135,7 +135,7 @@ class Recorded:
         sizes = self.sizes(addresses)
         wanted = draw.random((len(addresses), LARGEST)) < 0.3
         wanted &= np.arange(LARGEST) < sizes[:, None]
-        entries, position = self.storage.gather(np.array(addresses, dtype=np.int64), sizes, wanted)
+        (entries,), (position,) = self.storage.gather(np.array(addresses, dtype=np.int64), sizes, wanted)
         held = [self.held[address] for address in addresses]
         if addresses:
             expected = torch.cat([part[mask[: len(at)]] for (part, at), mask in zip(held, wanted, strict=True)])

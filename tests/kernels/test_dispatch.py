@@ -41,7 +41,7 @@ def test_a_cpu_without_numba_says_so_once_and_numba_takes_float32_alone(caplog, 
         assert not dispatch.numba_runs("token_masses", torch.zeros(1))
     dispatch._numba.cache_clear()
     assert [record.message for record in caplog.records] == [
-        "token_masses runs in plain torch: Numba is not installed: pip install numba"
+        "token_masses runs uncompiled: Numba is not installed: pip install numba"
     ]
 
 
@@ -51,7 +51,7 @@ def test_another_device_says_why_and_once(caplog):
         assert not dispatch.triton_runs("nearest", tensor)
         assert not dispatch.triton_runs("nearest", tensor)
     assert [record.message for record in caplog.records] == [
-        "nearest runs in plain torch: there are no kernels for devices of type 'meta'"
+        "nearest runs uncompiled: there are no kernels for devices of type 'meta'"
     ]
 
 

@@ -50,10 +50,10 @@ def token_masses(
             exponentials(own, highest)
             for token in range(len(own)):
                 total += own[token]
-            peak[stream, head, 0] = highest
+            peak[stream, head, 0], share = highest, np.float32(1) / total
             for nth in range(near.shape[1]):
                 for offset in range(size[stream, nth]):
-                    worth[stream, nth, offset] += each[stream, head, nth, offset] / total
+                    worth[stream, nth, offset] += each[stream, head, nth, offset] * share
 
 
 @compiled
