@@ -25,18 +25,21 @@ import typer
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from kvsched_kernels import (
+    ClusterMasses,
     Estimate,
     Pool,
     Runs,
+    Tokens,
     Vectors,
     choose_clusters,
+    choose_tokens,
     cluster_attention,
     cluster_worth,
-    decode_attention,
     dequantize,
     lloyd_step,
     moments,
     nearest,
+    token_masses,
     two_means,
     update,
 )
@@ -45,8 +48,8 @@ from .machine import keep
 
 Call = Callable[[], Any]
 
-_MEAN_CLUSTER = 4
-"""Tokens in a cluster."""
+_CLUSTER, _RUN = 24, 4
+"""Tokens in a cluster, and how many of them a query wants that wants any."""
 
 _RATE_SIZE = {"cpu": 1024, "cuda": 8192}
 """Rows of the square matrices whose product shows the machine's rate."""
@@ -75,37 +78,36 @@ class Case:
 def attention(
     device: torch.device, dtype: torch.dtype, streams: int, group: int, dim: int, context: int, share: float
 ) -> Case:
-    """Decode attention over a share of a context, in clusters that lie all over it."""
+    """Decode attention over a share of a context, in runs that lie all over it."""
     query = _random(streams, group, dim).to(device, dtype)
     key, value = (_random(streams, context, dim).to(device, dtype) for _ in range(2))
-    count = int(context * share) // _MEAN_CLUSTER
-    first = torch.stack([torch.randperm(context // _MEAN_CLUSTER)[:count].sort().values for _ in range(streams)])
-    first = first.to(device) * _MEAN_CLUSTER
+    count = int(context * share) // _RUN
+    first = torch.stack([torch.randperm(context // _RUN)[:count].sort().values for _ in range(streams)])
+    first = first.to(device) * _RUN
     start = (first + context * torch.arange(streams, device=device).unsqueeze(1)).flatten()
     runs = Runs.of(
         start,
-        torch.full_like(start, _MEAN_CLUSTER),
+        torch.full_like(start, _RUN),
         torch.arange(streams + 1, device=device) * count,
         torch.zeros(streams, dtype=torch.long, device=device),
     )
-    pool, tokens, scaling = Pool(key.flatten(0, 1), value.flatten(0, 1)), count * _MEAN_CLUSTER, dim**-0.5
+    pool, tokens, scaling = Pool(key.flatten(0, 1), value.flatten(0, 1)), count * _RUN, dim**-0.5
     places = [row.tolist() for row in first]
 
     def by_hand() -> torch.Tensor:
         outputs = []
         for s, starts in enumerate(places):
-            keys = torch.cat([key[s, at : at + _MEAN_CLUSTER] for at in starts])
-            values = torch.cat([value[s, at : at + _MEAN_CLUSTER] for at in starts])
+            keys = torch.cat([key[s, at : at + _RUN] for at in starts])
+            values = torch.cat([value[s, at : at + _RUN] for at in starts])
             outputs.append((query[s] @ keys.T * scaling).softmax(-1) @ values)
         return torch.stack(outputs)
 
-    each = torch.arange(_MEAN_CLUSTER, device=device)
+    each = torch.arange(_RUN, device=device)
     row = (start.view(streams, count, 1) + each).flatten(1)
-    everything = torch.ones(streams, tokens, dtype=torch.bool, device=device)
 
     def one_copy() -> torch.Tensor:
         row = (start.view(streams, count, 1) + each).flatten(1)
-        return decode_attention(query, pool.key[row], pool.value[row], everything, scaling)[0]
+        return (query @ pool.key[row].mT * scaling).softmax(-1) @ pool.value[row]
 
     heads = query.reshape(1, streams * group, 1, dim)
 
@@ -174,13 +176,13 @@ def _try(case: Case, name: str, make: Callable[[], Call]) -> None:
 
 def estimated(device: torch.device, streams: int, group: int, dim: int, context: int) -> Iterator[Case]:
     """What the index costs a step: clusters scored and chosen by packed mean keys, and the estimate of those left."""
-    clusters, query = context // _MEAN_CLUSTER, _random(streams, group, dim).to(device)
+    clusters, query = context // _CLUSTER, _random(streams, group, dim).to(device)
     codes = [
-        torch.randint(0, 256, (streams, clusters, dim * bits // 8), dtype=torch.uint8, device=device) for bits in (4, 2)
+        torch.randint(0, 256, (streams, clusters, dim * bits // 8), dtype=torch.uint8, device=device) for bits in (8, 4)
     ]
     step = torch.full((streams, 1, dim), 0.1, device=device)
-    keys, values = (Vectors(data, bits, step, -step) for data, bits in zip(codes, (4, 2), strict=True))
-    size = torch.full((streams, clusters), _MEAN_CLUSTER, dtype=torch.uint8, device=device)
+    keys, values = (Vectors(data, bits, step, -step) for data, bits in zip(codes, (8, 4), strict=True))
+    size = torch.full((streams, clusters), _CLUSTER, dtype=torch.uint8, device=device)
     elsewhere, scaling = torch.zeros(streams, group, device=device), dim**-0.5
     sizes = {"streams": streams, "group": group, "dim": dim, "clusters": clusters}
 
@@ -236,6 +238,60 @@ def estimated(device: torch.device, streams: int, group: int, dim: int, context:
         work=4 * streams * group * clusters * dim,
         ours=lambda: cluster_attention(query, pool, runs, scaling, estimate=estimate)[0],
         others={"straightforward": estimated_by_hand},
+    )
+
+
+def single_tokens(device: torch.device, streams: int, group: int, dim: int, budget: int) -> Iterator[Case]:
+    """What choosing tokens costs a step that looks at four times the budget: residuals in 2 bits, and the choice."""
+    near, sizes = 4 * budget // _CLUSTER, {"streams": streams, "group": group, "dim": dim, "budget": budget}
+    clusters = 4 * near
+    data = torch.randint(0, 256, (streams, clusters * _CLUSTER, dim // 4), dtype=torch.uint8, device=device)
+    step = torch.full((streams, 1, dim), 0.02, device=device)
+    residuals, query = Vectors(data, 2, step, -1.5 * step), _random(streams, group, dim).to(device)
+    size = torch.full((streams, clusters), _CLUSTER, dtype=torch.uint8, device=device)
+    score, elsewhere = _random(streams, group, clusters).to(device), torch.zeros(streams, group, device=device)
+    best = torch.stack([torch.randperm(clusters)[:near] for _ in range(streams)]).to(device)
+    of, first, tokens = best.unsqueeze(1).expand(-1, group, -1), best * _CLUSTER, torch.full_like(best, _CLUSTER)
+
+    def ours() -> Tokens:
+        return token_masses(query, ClusterMasses(score, size, elsewhere), best, residuals, first, tokens)
+
+    def by_hand() -> torch.Tensor:
+        rows = (first.unsqueeze(2) + torch.arange(_CLUSTER, device=device)).flatten(1)
+        own = (query @ residuals.rows(rows).read(dim).mT).unflatten(2, (near, _CLUSTER)) + score.gather(
+            2, of
+        ).unsqueeze(3)
+        others = score.scatter(2, of, -math.inf) + size.unsqueeze(1).log()
+        together = torch.cat([own.flatten(2), others, elsewhere.unsqueeze(2)], 2).logsumexp(2)
+        return (own - together[..., None, None]).exp().sum(1)
+
+    found = ours()
+    torch.testing.assert_close(found.worth, by_hand(), rtol=1e-3, atol=1e-6)
+    yield Case(
+        "look at tokens",
+        sizes,
+        moved=streams * near * _CLUSTER * dim // 4 + 4 * found.mass.numel() + 4 * found.worth.numel(),
+        work=2 * streams * group * near * _CLUSTER * dim,
+        ours=lambda: ours().worth,
+        others={"straightforward": by_hand},
+    )
+    masses, room = ClusterMasses(score, size, elsewhere), torch.full((streams, 1), budget, device=device)
+
+    def chosen_by_hand() -> torch.Tensor:
+        order = found.worth.flatten(1).argsort(1, descending=True)[:, :budget]
+        kept = (
+            torch.zeros_like(found.worth, dtype=torch.bool).flatten(1).scatter(1, order, True).view(found.worth.shape)
+        )
+        left = found.mass.masked_fill(kept.unsqueeze(1), 0.0).sum(3)
+        return masses.mass.scatter(2, of, left)
+
+    yield Case(
+        "choose tokens",
+        sizes,
+        moved=4 * found.mass.numel() + 5 * found.worth.numel(),
+        work=0,
+        ours=lambda: choose_tokens(masses, found, room).held,
+        others={"straightforward": chosen_by_hand},
     )
 
 
@@ -329,6 +385,7 @@ def cases(device: torch.device) -> Iterator[Case]:
         yield attention(device, torch.float32, streams=2, group=7, dim=64, context=8192, share=0.05)
         yield attention(device, torch.float32, streams=8, group=4, dim=128, context=32768, share=0.05)
         yield from estimated(device, streams=2, group=7, dim=64, context=32768)
+        yield from single_tokens(device, streams=2, group=7, dim=64, budget=256)
         yield from clustering(device, streams=2, dim=64, prompt=4096)
         yield coding(device, torch.float32, heads=2, tokens=1024, dim=64)
     else:
@@ -336,6 +393,7 @@ def cases(device: torch.device) -> Iterator[Case]:
             yield attention(device, torch.float16, streams=32, group=1, dim=128, context=131072, share=share)
             yield attention(device, torch.bfloat16, streams=64, group=4, dim=128, context=131072, share=share)
         yield from estimated(device, streams=64, group=4, dim=128, context=131072)
+        yield from single_tokens(device, streams=64, group=4, dim=128, budget=2048)
         yield from clustering(device, streams=8, dim=128, prompt=32768)
         yield coding(device, torch.bfloat16, heads=8, tokens=16384, dim=128)
 

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
+from .dispatch import numba_runs
+
 Part = tuple[torch.Tensor, torch.Tensor]
 """Output float32 `[S, G, Dv]` of attention over some of the keys, and the log of its softmax's sum, `[S, G]`."""
 
@@ -29,12 +31,32 @@ def decode_attention(
         softcap: scores become `softcap * tanh(score / softcap)` (Gemma 2).
         sinks: `[S, G]`, a learned score per query head that takes part in the softmax with no value (GPT-OSS).
     """
+    if sinks is None and numba_runs("decode_attention", query, key, value) and key.stride(2) == value.stride(2) == 1:
+        return _compiled(query, key, value, mask, scaling, softcap)
     score = cap_scores(torch.bmm(query.float() * scaling, key.float().transpose(1, 2)), softcap)
     score.masked_fill_(~mask.unsqueeze(1), float("-inf"))  # not added: what is masked may be infinite
     total = score.logsumexp(dim=-1)
     if sinks is not None:
         total = torch.logaddexp(total, sinks.float())
     return torch.bmm(softmax_weights(score, total), value.float()), total
+
+
+def _compiled(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor,
+    scaling: float,
+    softcap: float | None,
+) -> Part:
+    from .cpu.attention import attend_masked, memory
+
+    output, total = torch.empty(*query.shape[:2], value.shape[2]), torch.empty(query.shape[:2])
+    attend_masked(
+        (query * scaling).numpy(), memory(key), key.stride()[:2], memory(value), value.stride()[:2],
+        mask.numpy(), softcap or 0.0, output.numpy(), total.numpy(),
+    )  # fmt: skip
+    return output, total
 
 
 def cap_scores(score: torch.Tensor, softcap: float | None) -> torch.Tensor:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from .attention import Part, cap_scores, softmax_weights
 from .codes import Vectors
-from .dispatch import too_wide, triton_runs
+from .dispatch import numba_runs, too_wide, triton_runs
+
+_COMPILED = (torch.float32, torch.int8)
+"""Rows that are read in place on a CPU; Numba knows no narrower floating types there."""
 
 
 @dataclass(frozen=True)
@@ -101,48 +105,65 @@ def cluster_attention(
         from .gpu.cluster_attention import cluster_attention as kernel
 
         return kernel(query, pool, runs, scaling, softcap, sinks, estimate)
-    return _in_torch(query, pool, runs, scaling, softcap, sinks, estimate)
-
-
-def _in_torch(
-    query: torch.Tensor,
-    pool: Pool,
-    runs: Runs,
-    scaling: float,
-    softcap: float | None,
-    sinks: torch.Tensor | None,
-    estimate: Estimate | None,
-) -> Part:
-    """The same in torch: what runs on a CPU.
-
-    Stream by stream the copy of the rows stays in the processor's cache; one copy for all of them is faster only while
-    all of that does (`make bench-kernels` measures both).
-    """
-    streams, group, _ = query.shape
-    value_dim, token = pool.value.shape[1], torch.arange(int(runs.before[-1]), device=query.device)
-    row = token + (runs.start - runs.before[:-1]).repeat_interleave(runs.before.diff(), output_size=len(token))
-    ends = runs.before[runs.bounds].tolist()
-    retrieved = runs.before[runs.bounds[:-1] + runs.dense].tolist()
-    outputs = torch.empty(2, streams, group, value_dim, device=query.device)
-    totals = torch.full((2, streams, group), float("-inf"), device=query.device)
-    exact = torch.full((streams, group), float("-inf"), device=query.device)
-    for s, heads in enumerate(query.float()):
-        some = row[ends[s] : ends[s + 1]]
-        score = cap_scores((heads @ _rows(pool.key, pool.key_scale, some).T).mul_(scaling), softcap)
-        torch.logsumexp(score, -1, out=totals[0, s])
-        if estimate is not None and estimate.corrects:
-            torch.logsumexp(score[:, retrieved[s] - ends[s] :], -1, out=exact[s])
-        weight = softmax_weights(score, totals[0, s])
-        torch.mm(weight, _rows(pool.value, pool.value_scale, some), out=outputs[0, s])
+    exactly = estimate is not None and estimate.corrects
+    if numba_runs("cluster_attention", query) and pool.key.dtype in _COMPILED:
+        *part, exact = _compiled(query, pool, runs, scaling, softcap, exactly)
+    else:
+        *part, exact = _in_torch(query, pool, runs, scaling, softcap)
     if estimate is None and sinks is None:
-        return outputs[0], totals[0]
-    outputs[1] = 0.0
+        return part[0], part[1]
+    parts = [part]
     if estimate is not None:
-        outputs[1], totals[1] = _estimate(query, estimate, scaling, softcap, exact, value_dim)
+        parts.append([*_estimate(query, estimate, scaling, softcap, exact, pool.value.shape[1])])
+    output, totals = (torch.stack(some) for some in zip(*parts, strict=True))
     total = totals.logsumexp(0)
     if sinks is not None:
         total = torch.logaddexp(total, sinks.float())
-    return (outputs * softmax_weights(totals.movedim(0, -1), total).movedim(-1, 0).unsqueeze(-1)).sum(0), total
+    weight = softmax_weights(totals.movedim(0, -1), total).movedim(-1, 0)
+    return (output * weight.unsqueeze(-1)).sum(0), total
+
+
+def _compiled(
+    query: torch.Tensor, pool: Pool, runs: Runs, scaling: float, softcap: float | None, exactly: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What `_in_torch` answers, in one pass over the rows."""
+    from .cpu.attention import attend_runs, memory
+
+    streams, group, _ = query.shape
+    output = torch.empty(streams, group, pool.value.shape[1])
+    total, exact = torch.empty(streams, group), torch.full((streams, group), float("-inf"))
+    attend_runs(
+        (query * scaling).numpy(), memory(pool.key), pool.key.stride(0), _numbers(pool.key_scale), memory(pool.value),
+        pool.value.stride(0), _numbers(pool.value_scale), runs.start.numpy(), runs.before.numpy(), runs.bounds.numpy(),
+        runs.dense.numpy(), softcap or 0.0, exactly, output.numpy(), total.numpy(), exact.numpy(),
+    )  # fmt: skip
+    return output, total, exact
+
+
+def _numbers(scale: torch.Tensor | None) -> np.ndarray:
+    return np.ones(0, np.float32) if scale is None else scale.float().contiguous().numpy()
+
+
+def _in_torch(
+    query: torch.Tensor, pool: Pool, runs: Runs, scaling: float, softcap: float | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Output and total over the runs, and `exact` `[S, G]`, the log of what the retrieved ones hold.
+
+    Stream by stream the copy of the rows stays in the processor's cache.
+    """
+    streams, group, _ = query.shape
+    token = torch.arange(int(runs.before[-1]), device=query.device)
+    row = token + (runs.start - runs.before[:-1]).repeat_interleave(runs.before.diff(), output_size=len(token))
+    ends = runs.before[runs.bounds].tolist()
+    retrieved = runs.before[runs.bounds[:-1] + runs.dense].tolist()
+    output = torch.empty(streams, group, pool.value.shape[1], device=query.device)
+    total, exact = torch.empty(2, streams, group, device=query.device).unbind()
+    for s, heads in enumerate(query.float()):
+        some = row[ends[s] : ends[s + 1]]
+        score = cap_scores((heads @ _rows(pool.key, pool.key_scale, some).T).mul_(scaling), softcap)
+        total[s], exact[s] = score.logsumexp(-1), score[:, retrieved[s] - ends[s] :].logsumexp(-1)
+        output[s] = softmax_weights(score, total[s]) @ _rows(pool.value, pool.value_scale, some)
+    return output, total, exact
 
 
 def _rows(part: torch.Tensor, scale: torch.Tensor | None, row: torch.Tensor) -> torch.Tensor:

@@ -31,11 +31,10 @@ def triton_runs(operation: str, tensor: torch.Tensor, refused: str | None = None
     return reason is None
 
 
-def numba_runs(operation: str, tensor: torch.Tensor) -> bool:
-    """Whether what Numba compiles of `operation` for the CPU takes a call with tensors like `tensor`."""
-    if tensor.device.type != "cpu" or tensor.dtype != torch.float32 or tensor.requires_grad:
-        return False
-    return numba_installed(operation)
+def numba_runs(operation: str, *tensors: torch.Tensor) -> bool:
+    """Whether what Numba compiles of `operation` for the CPU takes a call with these tensors: float32, without grad."""
+    taken = all(one.device.type == "cpu" and one.dtype == torch.float32 and not one.requires_grad for one in tensors)
+    return taken and numba_installed(operation)
 
 
 def numba_installed(operation: str) -> bool:

@@ -9,7 +9,7 @@ import torch
 
 from .attention import cap_scores
 from .codes import Vectors
-from .dispatch import numba_runs
+from .dispatch import numba_runs, too_wide, triton_runs
 
 
 class ClusterMasses:
@@ -108,8 +108,7 @@ def token_masses(
         return _masses_compiled(query, clusters, near, residuals, first, size)
     offset = torch.arange(max(1, int(size.max())), device=size.device)
     there = offset < size.unsqueeze(2)
-    row = (first.unsqueeze(2) + offset).mul_(there).flatten(1)
-    product = residuals.rows(row).dot(query).unflatten(2, there.shape[1:])
+    product = _products(query, residuals, first, size, there)
     of = near.unsqueeze(1).expand(-1, query.shape[1], -1)
     score = cap_scores(product + clusters.score.gather(2, of).unsqueeze(3), clusters.softcap)
     score.masked_fill_(~there.unsqueeze(1), float("-inf"))
@@ -120,6 +119,18 @@ def token_masses(
     total = clusters.total().unsqueeze(3) + mass.sum((2, 3), keepdim=True)
     worth = (mass / total).sum(1)
     return Tokens(near, size, mass, worth)
+
+
+def _products(
+    query: torch.Tensor, residuals: Vectors, first: torch.Tensor, size: torch.Tensor, there: torch.Tensor
+) -> torch.Tensor:
+    """Of the query and each token's residual: float `[S, G, k, m]`; anything where bool `there` `[S, k, m]` is not."""
+    if triton_runs("token_masses", query, too_wide(query.shape[2], dtype=query.dtype)):
+        from .gpu.tokens import token_products as kernel
+
+        return kernel(query, residuals, first, size, there.shape[2])
+    row = (first.unsqueeze(2) + torch.arange(there.shape[2], device=size.device)).mul_(there).flatten(1)
+    return residuals.rows(row).dot(query).unflatten(2, there.shape[1:])
 
 
 def choose_tokens(

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kvsched_kernels import decode_attention, merge_parts
+
+pytestmark = pytest.mark.usefixtures("path")
 
 
 def reference(query, key, value, mask, scaling, softcap, sinks):
@@ -24,7 +26,7 @@ def reference(query, key, value, mask, scaling, softcap, sinks):
     return out
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     streams=st.integers(1, 4),
     group=st.integers(1, 7),

@@ -1,4 +1,4 @@
-"""Attention over clusters in place, as torch computes it on a CPU, against float64 stream by stream."""
+"""Attention over clusters in place, as a CPU computes it, against float64 stream by stream."""
 
 from __future__ import annotations
 
@@ -7,14 +7,16 @@ from dataclasses import replace
 import pytest
 import torch
 from cases import FLOAT8, Shape, attention_case
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kvsched_kernels import Pool, Runs, cluster_attention, decode_attention
 from kvsched_kernels.cluster_attention import reference
 
+pytestmark = pytest.mark.usefixtures("path")
 
-@settings(max_examples=60, deadline=None)
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     streams=st.integers(1, 4),
     group=st.integers(1, 16),

@@ -16,7 +16,7 @@ from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
-from kvsched_kernels.gpu import cluster_attention, codec, kmeans, select
+from kvsched_kernels.gpu import cluster_attention, codec, kmeans, select, tokens
 
 Launch = tuple[Any, dict[str, Any]]
 """A kernel, and what each of its parameters was given."""
@@ -38,7 +38,7 @@ def launches(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[L
 
         return run
 
-    for module in (cluster_attention, codec, kmeans, select):
+    for module in (cluster_attention, codec, kmeans, select, tokens):
         for name, kernel in vars(module).items():
             if name.endswith("_kernel"):
                 monkeypatch.setattr(kernel, "run", recorder(kernel))
@@ -86,6 +86,10 @@ def other_operations(dim: int) -> None:
     query, score = torch.zeros(2, 8, dim, dtype=dtype), torch.rand(2, 300)
     select.cluster_worth(query, means, size, 0.1, torch.zeros(2, 8), 30.0)
     select.choose_clusters(score, size, torch.full((2, 1), 200), 0.9, 200)
+    some = torch.full((2, 4), 24)
+    tokens.token_products(
+        query.float()[..., :128], vectors(2, 300, min(dim, 128), 2, dtype, size, draw), some, some, 48
+    )
     points, label = torch.zeros(2, 64, dim), torch.zeros(2, 64, dtype=torch.long)
     kmeans.nearest(points, torch.zeros(2, 300, dim), size > 0)
     moments = kmeans.moments(points, label, 300, by_channel=False)
@@ -123,7 +127,7 @@ def test_attention_keeps_to_its_registers_on_an_h100(case, launches, tmp_path):
 @pytest.mark.parametrize("dim", [128, WIDEST])
 def test_the_other_kernels_keep_to_their_registers_on_an_h100(dim, launches, tmp_path):
     other_operations(dim=dim)
-    assert len(launches) == 9
+    assert len(launches) == 10
     for launch in launches:
         used = resources(compiled(launch, H100), tmp_path)
         assert (used["STACK"], used["LOCAL"]) == (0, 0), f"{launch[0].__name__} spills: {used}"

@@ -8,15 +8,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kvsched_kernels import fullest, gather_entries
-from kvsched_kernels import gather as operations
 
 
-@pytest.fixture(params=[True, False], ids=["compiled", "numpy"])
-def _path(request, monkeypatch) -> None:
-    monkeypatch.setattr(operations, "numba_installed", lambda _: request.param)
-
-
-@pytest.mark.usefixtures("_path")
+@pytest.mark.usefixtures("path")
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     seed=st.integers(0, 1 << 16),

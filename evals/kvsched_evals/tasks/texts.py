@@ -38,11 +38,11 @@ def coqa(**metadata: Any) -> dict[str, Dataset]:
 
 
 def coqa_score(document: Row, results: list[str]) -> dict[str, float]:
-    """Exact match and F1 against the best of the annotators' answers, without case, articles and punctuation."""
+    """F1 and exact match against the best of the annotators' answers, without case, articles and punctuation."""
     answer, expected = results[0].strip().partition("\n")[0], document["answers"]
     return {
-        "em": max(float(normalize_answer(answer) == normalize_answer(one)) for one in expected),
         "f1": max(float(f1_abstractive([answer], [one])) for one in expected),
+        "em": max(float(normalize_answer(answer) == normalize_answer(one)) for one in expected),
     }
 
 

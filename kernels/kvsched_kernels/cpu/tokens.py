@@ -41,7 +41,7 @@ def token_masses(
                 clusters[cluster] = score[stream, head, cluster] if tokens[stream, cluster] > 0 else -np.inf
             for cluster in near[stream]:
                 clusters[cluster] = -np.inf
-            highest = max(_cap(clusters, softcap), _cap(own, softcap), elsewhere[stream, head, 0], _LOWEST)
+            highest = max(cap(clusters, softcap), cap(own, softcap), elsewhere[stream, head, 0], _LOWEST)
             total = max(np.float32(math.exp(elsewhere[stream, head, 0] - highest)), _TINY)
             exponentials(clusters, highest)
             for cluster in range(len(clusters)):
@@ -92,7 +92,7 @@ def choose_tokens(worth, size, here, budget, enough, left, each, near, mass, kep
 
 
 @compiled
-def _cap(score, softcap):
+def cap(score, softcap):
     """Cap scores, in place, but for -inf, where nothing is; the highest."""
     highest = np.float32(-np.inf)
     for i in range(len(score)):

@@ -33,7 +33,7 @@ from kvsched_kernels import (
 )
 from kvsched_kernels import two_means as split
 from kvsched_kernels.cluster_attention import reference
-from kvsched_kernels.gpu import codec, kmeans, select
+from kvsched_kernels.gpu import codec, kmeans, select, tokens
 from kvsched_kernels.gpu.cluster_attention import cluster_attention
 
 HALF = [torch.float16, torch.bfloat16]
@@ -310,3 +310,30 @@ def test_codec(heads, tokens, form, by_token, dtype, seed):
     numbers = codec.code(symbols, torch.empty(keys.shape, dtype=dtype), waves, scale, decode=True)
     wanted = dequantize(symbols, step, centre, waves, torch.float64)
     torch.testing.assert_close(numbers.double(), wanted, atol=1e-4 if dtype == torch.float32 else 2e-2, rtol=1e-3)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    streams=st.integers(1, 3),
+    group=st.integers(1, 16),
+    dim=st.sampled_from([3, 32, 64, 100, 256]),
+    bits=st.sampled_from([2, 4, 8, 16]),
+    count=st.integers(1, 5),
+    largest=st.sampled_from([1, 7, 20, 70]),
+    seed=st.integers(0, 1 << 16),
+)
+def test_token_products(streams, group, dim, bits, count, largest, seed):
+    draw = torch.Generator().manual_seed(seed)
+    size = torch.randint(0, largest + 1, (streams, count), generator=draw)
+    size[0, 0] = largest
+    kept = torch.ones(streams, 5 + int(size.sum(1).max()), dtype=torch.uint8)
+    residuals = vectors(streams, kept.shape[1], dim, bits, torch.float32, kept, draw)
+    first = size.cumsum(1) - size + 2
+    query = torch.randn(streams, group, dim, generator=draw)
+    got = tokens.token_products(query, residuals, first, size, largest)
+    numbers = Vectors(residuals.data, bits, residuals.step, residuals.offset).read(dim).double()
+    wanted = torch.zeros(streams, group, count, largest, dtype=torch.double)
+    for s in range(streams):
+        for nth, (start, many) in enumerate(zip(first[s].tolist(), size[s].tolist(), strict=True)):
+            wanted[s, :, nth, :many] = query[s].double() @ numbers[s, start : start + many].T
+    torch.testing.assert_close(got.double(), wanted, atol=1e-4, rtol=1e-5)
