@@ -84,7 +84,7 @@ class ClusterStorage:
         self._width, self.dtype = width, dtype
         self.entry_bytes = width * dtype.itemsize + POSITION_BYTES
         sector = self.flash.alignment
-        least = -(-int((1 + WASTE) * self._largest * self.entry_bytes + 2 * sector) // PAGE) * PAGE
+        least = -(-int((1 + WASTE) * self._largest * self.entry_bytes + 2 * PAGE) // PAGE) * PAGE
         buffer = max(least, int(min(self._dram * BUFFER_SHARE, LARGEST_BUFFER)) // PAGE * PAGE)
         row = self.entry_bytes + ROW_TABLES
         self._least_rows = 2 * self._largest
@@ -264,7 +264,7 @@ class ClusterStorage:
             held = slice(int(ends[part.stop - 1]) - len(rows), int(ends[part.stop - 1]))
             self._fill(rows, entries[held], None if position is None else position[held])
             if self.pools.end > self.table.capacity:
-                # Most will leave DRAM. Now they are neighbours, later each would share its first and last sector.
+                # Most will leave DRAM. Now they are neighbours, later each would share its first and last page.
                 self.transfers.write_back(slots, addresses[part])
         self._unfit = True
         return addresses

@@ -1,7 +1,8 @@
 """What moves between the two tiers: clusters that are read, and entries that are written back.
 
-Reads and writes of whole sectors go through buffers, from which entries are copied to their rows and the other way; so
-neighbours come in one read whatever lies between.
+Reads of whole sectors and writes of whole pages go through buffers, from which entries are copied to their rows and the
+other way; so neighbours come in one read whatever lies between. A file system works in pages: for less it waits, where
+nothing was written before, until all else is written (on ext4 60 pieces of 1.5 KB took 100 ms, of 4 KB .5 ms).
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ class Transfers:
     def read_ahead(self, addresses: np.ndarray, sizes: np.ndarray) -> None:
         """Start reading clusters, as many of the first as the buffer takes, in place of what was read ahead before."""
         start, length, _ = self._stretches(addresses, sizes)
-        some = next(portions(self._needs(start, length), len(self._reader.memory)))
+        some = next(portions(self._needs(start, length, self.flash.alignment), len(self._reader.memory)))
         with self._failing():
             self.ahead.give_up(self.flash)
             transfer, placed = self._start_reading(addresses[some], sizes[some])
@@ -82,7 +83,7 @@ class Transfers:
                 self.ahead.give_up(self.flash)  # the buffer is wanted for these
             start, length, _ = self._stretches(addresses, sizes)
             order = np.argsort(start)
-            for part in portions(self._needs(start, length)[order], len(self._reader.memory)):
+            for part in portions(self._needs(start, length, self.flash.alignment)[order], len(self._reader.memory)):
                 some = order[part]
                 transfer, placed = self._start_reading(addresses[some], sizes[some])
                 self.flash.wait(transfer)
@@ -118,9 +119,8 @@ class Transfers:
         self.bytes_moved += int(self.arena.stored[rows[changed]].sum()) * self._entry_bytes
         origin, step = self.pools.where(addresses)
         place = origin[cluster] + step[cluster] * offset
-        # A cluster's entries that share a sector with changed ones are written too: it spares reading the sector.
-        sector = self.flash.alignment
-        low, high = place * self._entry_bytes // sector, (place * self._entry_bytes + self._entry_bytes - 1) // sector
+        # A cluster's entries that share a page with changed ones are written too: it may spare reading the page.
+        low, high = place * self._entry_bytes // PAGE, (place * self._entry_bytes + self._entry_bytes - 1) // PAGE
         touched = np.unique([low[changed], high[changed]])
         changed = np.isin(low, touched) | np.isin(high, touched)
         order = np.argsort(place[changed])
@@ -135,22 +135,21 @@ class Transfers:
         count = np.diff(begins, append=len(place))
         start, length = place[begins] * self._entry_bytes, count * self._entry_bytes
         with self._failing():
-            for part in portions(self._needs(start, length), len(self._writer.memory)):
+            for part in portions(self._needs(start, length, PAGE), len(self._writer.memory)):
                 some = slice(int(begins[part.start]), int(begins[part.stop - 1] + count[part.stop - 1]))
                 self._write(start[part], length[part], rows[some])
 
     def _write(self, start: np.ndarray, length: np.ndarray, rows: np.ndarray) -> None:
         """Start writing pieces of the file (bytes, ascending) that hold the entries of `rows` in turn."""
         self._finish_writes()
-        sector = self.flash.alignment
-        runs = merge(start, length, sector, waste=0)
-        # Sectors of which only a part changes keep the rest.
+        runs = merge(start, length, PAGE, waste=0)
+        # Pages of which only a part changes keep the rest.
         edges = np.concatenate([start, start + length])
-        shared = np.unique(edges[edges % sector > 0] // sector * sector)
+        shared = np.unique(edges[edges % PAGE > 0] // PAGE * PAGE)
         run = np.searchsorted(runs.offset, shared, side="right") - 1
         memory = runs.memory[run] + shared - runs.offset[run]
         reads = [
-            (offset, self._writer.memory[at : at + sector])
+            (offset, self._writer.memory[at : at + PAGE])
             for offset, at in zip(shared.tolist(), memory.tolist(), strict=True)
         ]
         self.flash.wait(self.flash.read(reads))
@@ -194,10 +193,10 @@ class Transfers:
         placed = Placed(first * self._entry_bytes, step * self._entry_bytes, sizes)
         return (origin - first) * self._entry_bytes, sizes * self._entry_bytes, placed
 
-    def _needs(self, start: np.ndarray, length: np.ndarray) -> np.ndarray:
-        """Bytes of buffer that pieces of the file take at most: whole sectors, or gaps that are read through."""
-        sector = self.flash.alignment
-        whole = -(-(start + length) // sector) * sector - start // sector * sector
+    @staticmethod
+    def _needs(start: np.ndarray, length: np.ndarray, unit: int) -> np.ndarray:
+        """Bytes of buffer that pieces of the file take at most: whole units, or gaps that are read through."""
+        whole = -(-(start + length) // unit) * unit - start // unit * unit
         return np.maximum(whole, np.ceil((1 + WASTE) * length).astype(np.int64))
 
 

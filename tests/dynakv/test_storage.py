@@ -152,7 +152,7 @@ class Everything(RuleBasedStateMachine):
         entry = width * dtype.itemsize + 10
         # What the error of a too small budget asks for, and room for some more.
         self.record = Recorded(
-            width, dtype, 3 * (4096 * (1 + 10 * entry // 4096 + 1)) + (2 + room) * LARGEST * entry, seed
+            width, dtype, 3 * (4096 * (3 + 10 * entry // 4096)) + (2 + room) * LARGEST * entry, seed
         )
         self.draw = np.random.default_rng(seed)
 
