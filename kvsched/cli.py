@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -36,7 +37,7 @@ app.add_typer(model, name="model")
 trace = typer.Typer(help="Record what attention sees in a real run, and judge policies on it.", no_args_is_help=True)
 app.add_typer(trace, name="trace")
 
-_SUITES = sorted(path.stem for path in (Path(__file__).parents[1] / "configs" / "evals").glob("*.yaml"))
+_SUITES = sorted(path.stem for path in Path(str(files("kvsched_evals") / "suites")).glob("*.yaml"))
 evaluate = typer.Typer(help="Measure answers through the caches and their peers: quality, bytes, seconds.")
 app.add_typer(evaluate, name="eval", no_args_is_help=True)
 

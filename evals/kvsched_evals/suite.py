@@ -14,7 +14,7 @@ from kvsched.errors import ConfigError
 
 from .results import Cell
 
-SUITES = Path(__file__).parents[2] / "configs" / "evals"
+SUITES = Path(__file__).parent / "suites"
 
 Share = Annotated[float, Field(gt=0, le=1)]
 
