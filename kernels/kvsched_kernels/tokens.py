@@ -96,7 +96,7 @@ def token_masses(
 ) -> Tokens:  # fmt: skip
     """Take the tokens of some clusters one by one, by how their keys differ from the mean key.
 
-    The masses of all other clusters follow a new peak; those of `near` become 0 until `choose_tokens`.
+    The masses of all clusters follow a new peak, and those of `near` are their tokens'.
 
     Args:
         query: float32 `[S, G, D]`, scaled.
@@ -116,8 +116,8 @@ def token_masses(
     others = clusters.capped().scatter_(2, of, float("-inf"))
     clusters.weigh(others, score.flatten(2).amax(-1, keepdim=True))
     mass = (score - clusters.peak.unsqueeze(3)).exp_()
-    total = clusters.total().unsqueeze(3) + mass.sum((2, 3), keepdim=True)
-    worth = (mass / total).sum(1)
+    clusters.mass.scatter_(2, of, mass.sum(3))
+    worth = (mass / clusters.total().unsqueeze(3)).sum(1)
     return Tokens(near, size, mass, worth)
 
 

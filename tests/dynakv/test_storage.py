@@ -151,9 +151,7 @@ class Everything(RuleBasedStateMachine):
         width, dtype = form
         entry = width * dtype.itemsize + 10
         # What the error of a too small budget asks for, and room for some more.
-        self.record = Recorded(
-            width, dtype, 3 * (4096 * (3 + 10 * entry // 4096)) + (2 + room) * LARGEST * entry, seed
-        )
+        self.record = Recorded(width, dtype, 3 * (4096 * (3 + 10 * entry // 4096)) + (2 + room) * LARGEST * entry, seed)
         self.draw = np.random.default_rng(seed)
 
     def some(self, count: int, at_least: int = 1, at_most: int = LARGEST) -> list[int]:

@@ -76,10 +76,9 @@ def test_every_token_has_its_share_of_the_attention(path, seed, streams, group, 
                     own = found.mass[s, h, of[c]].numpy()
                     np.testing.assert_allclose(own[: len(mass)], mass, rtol=2e-4, atol=1e-30)
                     assert not own[len(mass) :].any(), "tokens that are not there hold nothing"
-                else:
-                    np.testing.assert_allclose(held.mass[s, h, c], mass.sum(), rtol=2e-4, atol=1e-30)
-    total = held.total() + found.mass.sum((2, 3)).unsqueeze(2)
-    torch.testing.assert_close(found.worth, (found.mass / total.unsqueeze(3)).sum(1), rtol=1e-4, atol=1e-7)
+                np.testing.assert_allclose(held.mass[s, h, c], mass.sum(), rtol=2e-4, atol=1e-30)
+    share = found.mass / held.total().unsqueeze(3)
+    torch.testing.assert_close(found.worth, share.sum(1), rtol=1e-4, atol=1e-7)
     assert torch.equal(found.there, found.there & (torch.arange(found.worth.shape[2]) < found.size.unsqueeze(2)))
     assert int(found.there.sum()) == int(found.size.sum())
 

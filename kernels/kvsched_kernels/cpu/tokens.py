@@ -48,8 +48,12 @@ def token_masses(
                 clusters[cluster] *= tokens[stream, cluster]
                 total += clusters[cluster]
             exponentials(own, highest)
-            for token in range(len(own)):
-                total += own[token]
+            for nth in range(near.shape[1]):
+                together = np.float32(0)
+                for offset in range(size[stream, nth]):
+                    together += each[stream, head, nth, offset]
+                clusters[near[stream, nth]] = together
+                total += together
             peak[stream, head, 0], share = highest, np.float32(1) / total
             for nth in range(near.shape[1]):
                 for offset in range(size[stream, nth]):
