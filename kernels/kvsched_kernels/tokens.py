@@ -16,7 +16,7 @@ class ClusterMasses:
     """What the clusters of each stream hold of a query's attention, by their mean keys.
 
     Args:
-        score: float `[S, G, C]`, of query and mean key, before the soft cap.
+        score: float `[S, G, C]`, of query and mean key, before the soft cap; it becomes -inf where there is no cluster.
         tokens: integer `[S, C]`, how many a score stands for; 0 where there is no cluster.
         elsewhere: `[S, G]`, log of what the tokens hold that always take part, -inf if there are none.
         softcap: as in `decode_attention`.
@@ -29,12 +29,9 @@ class ClusterMasses:
     def __init__(
         self, score: torch.Tensor, tokens: torch.Tensor, elsewhere: torch.Tensor, softcap: float | None = None
     ) -> None:
-        self.score, self.tokens, self.elsewhere, self.softcap = score, tokens, elsewhere.unsqueeze(-1), softcap
-        self.weigh(self.capped())
-
-    def capped(self) -> torch.Tensor:
-        """Scores after the soft cap, -inf where there is no cluster: `[S, G, C]`."""
-        return cap_scores(self.score, self.softcap).masked_fill((self.tokens == 0).unsqueeze(1), float("-inf"))
+        self.score = score.masked_fill_((tokens == 0).unsqueeze(1), float("-inf"))
+        self.tokens, self.elsewhere, self.softcap = tokens, elsewhere.unsqueeze(-1), softcap
+        self.weigh(cap_scores(self.score, softcap))
 
     def weigh(self, score: torch.Tensor, apart: torch.Tensor | None = None) -> None:
         """Take masses from capped scores, relative to the highest of them, of `apart` `[S, G, 1]`, and elsewhere."""
@@ -113,7 +110,7 @@ def token_masses(
     score = cap_scores(product + clusters.score.gather(2, of).unsqueeze(3), clusters.softcap)
     score.masked_fill_(~there.unsqueeze(1), float("-inf"))
     # The old peak may be a mean key's of which no token is near: relative to that, everything could be 0.
-    others = clusters.capped().scatter_(2, of, float("-inf"))
+    others = cap_scores(clusters.score, clusters.softcap).scatter(2, of, float("-inf"))
     clusters.weigh(others, score.flatten(2).amax(-1, keepdim=True))
     mass = (score - clusters.peak.unsqueeze(3)).exp_()
     clusters.mass.scatter_(2, of, mass.sum(3))
@@ -198,8 +195,8 @@ def _masses_compiled(
     compiled.token_masses(
         (query * residuals.step).numpy(), (query * residuals.offset).sum(-1).numpy(), residuals.data.numpy(),
         residuals.bits, clusters.score.numpy(), clusters.softcap or 0.0, near.numpy(), first.numpy(), size.numpy(),
-        clusters.tokens.numpy(), clusters.elsewhere.numpy(), clusters.mass.numpy(), clusters.peak.numpy(), mass.numpy(),
-        worth.numpy(),
+        clusters.tokens.contiguous().numpy(), clusters.elsewhere.numpy(), clusters.mass.numpy(), clusters.peak.numpy(),
+        mass.numpy(), worth.numpy(),
     )  # fmt: skip
     return Tokens(near, size, mass, worth)
 

@@ -124,7 +124,7 @@ class ClusterStorage:
         """DRAM of the tables that say where clusters lie, in DRAM and on flash."""
         if self.residency is None:
             return 0
-        shared = self._owners.values.nbytes
+        shared = self._owners.values.nbytes + self.transfers.nbytes
         return self.pools.nbytes + self.residency.nbytes + self.arena.nbytes + shared + ROW_TABLES * self.arena.limit
 
     def spend(self, name: str, nbytes: int) -> None:

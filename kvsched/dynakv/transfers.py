@@ -1,8 +1,8 @@
 """What moves between the two tiers: clusters that are read, and entries that are written back.
 
-Reads of whole sectors and writes of whole pages go through buffers, from which entries are copied to their rows and the
-other way; so neighbours come in one read whatever lies between. A file system works in pages: for less it waits, where
-nothing was written before, until all else is written (on ext4 60 pieces of 1.5 KB took 100 ms, of 4 KB .5 ms).
+Reads and writes of whole sectors go through buffers, from which entries are copied to their rows and the other way; so
+neighbours come in one read whatever lies between. What is first written of a page is the whole page: for less the file
+system waits until all else is written (on ext4 60 pieces of 1.5 KB took 100 ms, of 4 KB .5 ms).
 """
 
 from __future__ import annotations
@@ -46,6 +46,12 @@ class Transfers:
         self.bytes_moved = 0
         self._writing: Transfer | None = None
         self._written = np.zeros((0, 2), dtype=np.int64)
+        self._fresh = np.zeros(0, dtype=bool)  # pages that nothing was written to
+
+    @property
+    def nbytes(self) -> int:
+        """DRAM of what is known of the file's pages."""
+        return self._fresh.nbytes
 
     def open(self, arena: Arena, pools: Pools, buffer: int) -> None:
         """Take the form of entries from an arena, and two buffers of so many bytes."""
@@ -61,6 +67,8 @@ class Transfers:
             size = max(needed, self.flash.size + min(self.flash.size, LARGEST_STEP), SMALLEST_STEP)
             with self._failing():
                 self.flash.reserve(size // PAGE * PAGE)
+            more = np.ones(self.flash.size // PAGE - len(self._fresh), dtype=bool)
+            self._fresh = np.concatenate([self._fresh, more])
 
     def read_ahead(self, addresses: np.ndarray, sizes: np.ndarray) -> None:
         """Start reading clusters, as many of the first as the buffer takes, in place of what was read ahead before."""
@@ -119,8 +127,9 @@ class Transfers:
         self.bytes_moved += int(self.arena.stored[rows[changed]].sum()) * self._entry_bytes
         origin, step = self.pools.where(addresses)
         place = origin[cluster] + step[cluster] * offset
-        # A cluster's entries that share a page with changed ones are written too: it may spare reading the page.
-        low, high = place * self._entry_bytes // PAGE, (place * self._entry_bytes + self._entry_bytes - 1) // PAGE
+        # A cluster's entries that share a sector with changed ones are written too: it spares reading the sector.
+        sector = self.flash.alignment
+        low, high = place * self._entry_bytes // sector, (place * self._entry_bytes + self._entry_bytes - 1) // sector
         touched = np.unique([low[changed], high[changed]])
         changed = np.isin(low, touched) | np.isin(high, touched)
         order = np.argsort(place[changed])
@@ -142,23 +151,29 @@ class Transfers:
     def _write(self, start: np.ndarray, length: np.ndarray, rows: np.ndarray) -> None:
         """Start writing pieces of the file (bytes, ascending) that hold the entries of `rows` in turn."""
         self._finish_writes()
-        runs = merge(start, length, PAGE, waste=0)
-        # Pages of which only a part changes keep the rest.
-        edges = np.concatenate([start, start + length])
-        shared = np.unique(edges[edges % PAGE > 0] // PAGE * PAGE)
+        sector, end = self.flash.alignment, start + length
+        fresh = self._fresh[start // PAGE], self._fresh[(end - 1) // PAGE]
+        # Sectors of which only a part changes keep the rest, but in fresh pages, which are written whole.
+        edges = np.concatenate([start[~fresh[0]], end[~fresh[1]]])
+        shared = np.unique(edges[edges % sector > 0] // sector * sector)
+        first = np.where(fresh[0], start // PAGE * PAGE, start)
+        last = np.where(fresh[1], -(-end // PAGE) * PAGE, end)
+        first[1:] = np.maximum(first[1:], last[:-1])  # of pieces in one fresh page the first has all of it
+        runs = merge(first, last - first, sector, waste=0)
         run = np.searchsorted(runs.offset, shared, side="right") - 1
         memory = runs.memory[run] + shared - runs.offset[run]
         reads = [
-            (offset, self._writer.memory[at : at + PAGE])
+            (offset, self._writer.memory[at : at + sector])
             for offset, at in zip(shared.tolist(), memory.tolist(), strict=True)
         ]
         self.flash.wait(self.flash.read(reads))
         piece, nth = places(np.arange(len(start)), np.zeros_like(length), length // self._entry_bytes)
-        self._entries_of(self._writer)[(runs.at[piece] + nth * self._entry_bytes) // self._step_bytes] = (
-            self.arena.data[rows]
-        )
+        at = (runs.at + start - first)[piece] + nth * self._entry_bytes
+        self._entries_of(self._writer)[at // self._step_bytes] = self.arena.data[rows]
         self._writing = self.flash.write(_requests(runs, self._writer))
         self._written = np.stack([runs.offset, runs.offset + runs.length], axis=1)
+        page, past = runs.offset // PAGE, (runs.offset + runs.length - 1) // PAGE + 1
+        self._fresh[places(page, page, past)[1]] = False
 
     def _finish_writes(self, offset: np.ndarray | None = None, length: np.ndarray | None = None) -> None:
         """Wait for writes under way; if reads are given, only where they touch what is being written."""

@@ -37,8 +37,7 @@ def token_masses(
                     each[stream, head, nth, offset] = total
         for head in range(group):
             clusters, own = mass[stream, head], each[stream, head].reshape(-1)
-            for cluster in range(len(clusters)):
-                clusters[cluster] = score[stream, head, cluster] if tokens[stream, cluster] > 0 else -np.inf
+            clusters[:] = score[stream, head]
             for cluster in near[stream]:
                 clusters[cluster] = -np.inf
             highest = max(cap(clusters, softcap), cap(own, softcap), elsewhere[stream, head, 0], _LOWEST)
