@@ -23,7 +23,7 @@ from ..errors import UnsupportedModelError
 from .affinity import telling
 from .allocator import give_back
 from .decode import Decoder
-from .dense import WAITING, DenseTokens
+from .dense import DenseTokens
 from .entries import EntryForm, packing_of
 from .intake import Intake
 from .padding import real_tokens
@@ -206,7 +206,7 @@ class DynaKVLayer(CacheLayerMixin):
             self._intake.settle()  # after decoding, when the clusters that this step retrieved are in DRAM
         if own is not None:
             self._tell_storage()
-            if own.position.shape[1] > WAITING:
+            if not alone:
                 give_back()  # what answering and clustering a chunk took for a moment
         return output
 
