@@ -1,4 +1,4 @@
-"""Clusters that are read before anybody asks for them, while the layer before computes."""
+"""Clusters that are read before they are fetched, while their step goes on computing."""
 
 from __future__ import annotations
 
