@@ -182,7 +182,16 @@ def _estimate(
     value_dim: int,
 ) -> Part:
     """Attention over the clusters left out; `exact` `[S, G]` is the log of what the retrieved ones hold in truth."""
-    guess = cap_scores(estimate.key.dot(query).mul_(scaling), softcap) + estimate.size.unsqueeze(1).log()
+    score = estimate.key.dot(query).mul_(scaling)
+    if numba_runs("cluster_attention", score, exact):
+        from .cpu.select import left_out
+
+        total, size, of = torch.empty_like(exact), estimate.size.contiguous(), estimate.chosen.contiguous()
+        left_out(
+            score.numpy(), softcap or 0.0, size.numpy(), of.numpy(), exact.numpy(), estimate.corrects, total.numpy()
+        )
+        return estimate.value.mix(score, value_dim), total
+    guess = cap_scores(score, softcap) + estimate.size.unsqueeze(1).log()
     chosen = estimate.chosen.unsqueeze(1)
     left = guess.masked_fill(chosen, float("-inf"))
     total = left.logsumexp(-1)

@@ -10,7 +10,7 @@ import torch
 
 from .attention import cap_scores, softmax_weights
 from .codes import Vectors
-from .dispatch import too_wide, triton_runs
+from .dispatch import numba_runs, too_wide, triton_runs
 
 
 def cluster_worth(
@@ -38,7 +38,16 @@ def cluster_worth(
         from .gpu.select import cluster_worth as kernel
 
         return kernel(query, means, size, scaling, elsewhere, softcap)
-    score = cap_scores(means.dot(query).mul_(scaling), softcap).masked_fill_((size == 0).unsqueeze(1), float("-inf"))
+    score = means.dot(query).mul_(scaling)
+    if numba_runs("cluster_worth", score, elsewhere):
+        from .cpu.select import cluster_worth as compiled
+
+        worth = torch.zeros(size.shape)
+        compiled(
+            score.numpy(), softcap or 0.0, size.contiguous().numpy(), elsewhere.contiguous().numpy(), worth.numpy()
+        )
+        return worth
+    score = cap_scores(score, softcap).masked_fill_((size == 0).unsqueeze(1), float("-inf"))
     total = torch.logaddexp((score + size.unsqueeze(1).log()).logsumexp(-1), elsewhere.float())
     return softmax_weights(score, total).sum(1)
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from cases import vectors
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kvsched_kernels import choose_clusters, cluster_worth
@@ -64,7 +65,8 @@ def test_a_share_of_the_attention_ends_the_choice(clusters, mass, budget, seed):
     assert got[0].tolist() == reference(score.tolist(), size.tolist(), budget, budget, mass)
 
 
-@settings(max_examples=40, deadline=None)
+@pytest.mark.usefixtures("path")
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     streams=st.integers(1, 3),
     group=st.integers(1, 7),
