@@ -290,7 +290,7 @@ def single_tokens(device: torch.device, streams: int, group: int, dim: int, budg
         sizes,
         moved=4 * found.mass.numel() + 5 * found.worth.numel(),
         work=0,
-        ours=lambda: choose_tokens(masses, found, room).held,
+        ours=lambda: (choose_tokens(masses, found, room), masses.mass)[1],
         others={"straightforward": chosen_by_hand},
     )
 

@@ -18,6 +18,7 @@ CPU = torch.device("cpu")
 def small_cases(device):
     yield kernels_bench.attention(device, torch.float32, streams=2, group=2, dim=16, context=256, share=0.25)
     yield from kernels_bench.estimated(device, streams=2, group=2, dim=16, context=256)
+    yield from kernels_bench.single_tokens(device, streams=2, group=2, dim=16, budget=24)
     yield from kernels_bench.clustering(device, streams=1, dim=16, prompt=64)
     yield kernels_bench.coding(device, torch.float32, heads=2, tokens=32, dim=16)
 
@@ -45,8 +46,10 @@ def test_everything_that_moves_and_is_computed_is_counted():
     counted = {case.name: (case.moved, case.work) for case in small_cases(CPU)}
     # 2 streams x 64 tokens x keys and values of 16 float32; a product and a sum for each of 2 heads, twice
     assert counted["cluster attention"] == (2 * 64 * 2 * 16 * 4, 2 * 2 * 64 * 16 * 2 * 2)
-    # 64 clusters: mean keys of 16 x 4 bits, a size and a worth each
-    assert counted["score"] == (2 * 64 * (8 + 1 + 4), 2 * 2 * 64 * 16 * 2)
+    # 10 clusters: mean keys of 16 x 8 bits, a size and a worth each
+    assert counted["score"] == (2 * 10 * (16 + 1 + 4), 2 * 2 * 10 * 16 * 2)
+    # 4 clusters of 24 tokens: residuals of 16 x 2 bits, and a mass for each head and a worth
+    assert counted["look at tokens"] == (2 * 96 * (4 + 2 * 4 + 4), 2 * 2 * 96 * 16 * 2)
 
 
 def test_it_measures_keeps_and_draws(monkeypatch, tmp_path: Path) -> None:
