@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from kvsched_kernels import dispatch
-from kvsched_kernels.cpu import attention, gather, select, tokens
+from kvsched_kernels.cpu import attention, gather, scores, select, tokens
 
 
 @pytest.fixture(params=["torch", "compiled", "interpreted"])
@@ -17,7 +17,7 @@ def path(request, monkeypatch) -> Iterator[str]:
     if request.param == "torch":
         monkeypatch.setattr(dispatch, "_numba", lambda: False)
     elif request.param == "interpreted":
-        for module in (attention, gather, select, tokens):
+        for module in (attention, gather, scores, select, tokens):
             for name, function in vars(module).copy().items():
                 if hasattr(function, "py_func"):
                     monkeypatch.setattr(module, name, function.py_func)

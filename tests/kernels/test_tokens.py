@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kvsched_kernels import ClusterMasses, Tokens, Vectors, choose_tokens, pack, token_masses
-from kvsched_kernels.cpu import tokens as compiled
+from kvsched_kernels.cpu.scores import exponentials
 
 ANY = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -167,8 +167,8 @@ def test_exponentials_are_those_of_the_standard_library():
     for highest in (0.0, 40.0):
         got = numbers.copy() + np.float32(highest)
         exact = np.exp(got.astype(np.float64) - highest)
-        compiled.exponentials(got, np.float32(highest))
+        exponentials(got, np.float32(highest))
         np.testing.assert_allclose(got, np.where(exact < math.exp(-87), 0.0, exact), rtol=1e-6, atol=2e-38)
     lost = np.array([math.nan], dtype=np.float32)
-    compiled.exponentials(lost, np.float32(0))
+    exponentials(lost, np.float32(0))
     assert np.isnan(lost).all()

@@ -8,9 +8,7 @@ import numpy as np
 import torch
 
 from . import compiled
-from .tokens import cap, exponentials
-
-_TINY = np.finfo(np.float32).tiny
+from .scores import TINY, cap, exponentials
 
 
 def memory(rows: torch.Tensor) -> np.ndarray:
@@ -97,7 +95,7 @@ def _log_sum(score):
     together = np.float32(0)
     for i in range(len(score)):
         together += score[i]
-    share = np.float32(1) / (together + _TINY)
+    share = np.float32(1) / (together + TINY)
     for i in range(len(score)):
         score[i] *= share
     return highest + np.float32(math.log(together)) if together != 0 else np.float32(-np.inf)

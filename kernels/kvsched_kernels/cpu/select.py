@@ -7,9 +7,7 @@ import math
 import numpy as np
 
 from . import compiled
-from .tokens import cap, exponentials
-
-_LOWEST, _TINY = np.finfo(np.float32).min, np.finfo(np.float32).tiny
+from .scores import LOWEST, TINY, cap, exponentials
 
 
 @compiled
@@ -22,12 +20,12 @@ def cluster_worth(score, softcap, size, elsewhere, worth):
             for cluster in range(clusters):
                 if size[stream, cluster] == 0:
                     own[cluster] = -np.inf
-            highest = max(cap(own, softcap), elsewhere[stream, head], _LOWEST)
+            highest = max(cap(own, softcap), elsewhere[stream, head], LOWEST)
             exponentials(own, highest)
             total = np.float32(math.exp(elsewhere[stream, head] - highest))
             for cluster in range(clusters):
                 total += own[cluster] * size[stream, cluster]
-            share = np.float32(1) / max(total, _TINY)
+            share = np.float32(1) / max(total, TINY)
             for cluster in range(clusters):
                 worth[stream, cluster] += own[cluster] * share
 
@@ -43,11 +41,11 @@ def left_out(score, softcap, size, chosen, exact, corrects, total):
         for head in range(group):
             own = score[stream, head]
             cap(own, softcap)
-            best = _LOWEST  # of those that were chosen, which have a sum of their own
+            best = LOWEST  # of those that were chosen, which have a sum of their own
             for cluster in range(clusters):
                 if chosen[stream, cluster] and size[stream, cluster] > 0:
                     best = max(best, own[cluster])
-            known, highest = 0.0, _LOWEST
+            known, highest = 0.0, LOWEST
             for cluster in range(clusters):
                 if chosen[stream, cluster] or size[stream, cluster] == 0:
                     if corrects and size[stream, cluster] > 0:
@@ -59,7 +57,7 @@ def left_out(score, softcap, size, chosen, exact, corrects, total):
             for cluster in range(clusters):
                 own[cluster] *= size[stream, cluster]
                 left += own[cluster]
-            share = np.float32(1) / max(left, _TINY)
+            share = np.float32(1) / max(left, TINY)
             for cluster in range(clusters):
                 own[cluster] *= share
             total[stream, head] = highest + math.log(left) if left != 0 else -np.inf

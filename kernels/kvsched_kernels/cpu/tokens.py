@@ -7,10 +7,7 @@ import math
 import numpy as np
 
 from . import compiled
-
-_LN2, _LN2_HIGH, _LN2_LOW = (np.float32(x) for x in (math.log(2), 0.693359375, math.log(2) - 0.693359375))
-_LOWEST, _TINY = np.finfo(np.float32).min, np.finfo(np.float32).tiny
-_SERIES = tuple(np.float32(1 / math.factorial(n)) for n in range(7, -1, -1))
+from .scores import LOWEST, TINY, cap, exponentials
 
 
 @compiled
@@ -40,8 +37,8 @@ def token_masses(
             clusters[:] = score[stream, head]
             for cluster in near[stream]:
                 clusters[cluster] = -np.inf
-            highest = max(cap(clusters, softcap), cap(own, softcap), elsewhere[stream, head, 0], _LOWEST)
-            total = max(np.float32(math.exp(elsewhere[stream, head, 0] - highest)), _TINY)
+            highest = max(cap(clusters, softcap), cap(own, softcap), elsewhere[stream, head, 0], LOWEST)
+            total = max(np.float32(math.exp(elsewhere[stream, head, 0] - highest)), TINY)
             exponentials(clusters, highest)
             for cluster in range(len(clusters)):
                 clusters[cluster] *= tokens[stream, cluster]
@@ -92,17 +89,6 @@ def choose_tokens(worth, size, here, budget, enough, left, each, near, mass, kep
                     else:
                         lost += each[stream, head, nth, offset]
                 mass[stream, head, near[stream, nth]] = lost
-
-
-@compiled
-def cap(score, softcap):
-    """Cap scores, in place, but for -inf, where nothing is; the highest."""
-    highest = np.float32(-np.inf)
-    for i in range(len(score)):
-        if softcap > 0 and score[i] > -np.inf:
-            score[i] = math.tanh(score[i] / softcap) * softcap
-        highest = max(highest, score[i])
-    return highest
 
 
 @compiled
@@ -189,25 +175,3 @@ def _unpack(packed, bits, row):
     for part in range(8 // bits):
         for byte in range(width):
             row[part * width + byte] = np.float32((packed[byte] >> (part * bits)) & low)
-
-
-@compiled
-def exponentials(numbers, highest):
-    """exp(numbers - highest), in place, of numbers up to `highest`; 0 where it is below exp(-87), as float32 ends.
-
-    It runs in vector registers: with number = n ln 2 + x, 2^n is put together from its bits and exp(x) is the Taylor
-    series.
-    """
-    bits = numbers.view(np.int32)
-    for i in range(len(numbers)):
-        number = numbers[i] - highest
-        inside = max(number, np.float32(-87))
-        whole = np.floor(inside / _LN2 + np.float32(0.5))
-        x = (inside - whole * _LN2_HIGH) - whole * _LN2_LOW
-        series = _SERIES[0]
-        for factor in _SERIES[1:]:
-            series = series * x + factor
-        numbers[i] = series
-        bits[i] += np.int32(whole) << 23
-        if number <= -87:
-            numbers[i] = 0
