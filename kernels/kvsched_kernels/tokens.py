@@ -49,6 +49,15 @@ class ClusterMasses:
         """A token's share of attention, summed over the query heads: `[S, C]`."""
         return torch.bmm(self.total().reciprocal_().transpose(1, 2), self.mass)[:, 0].div_(self.tokens.clamp_min(1))
 
+    def share_of(self, score: torch.Tensor) -> torch.Tensor:
+        """What one more token in each cluster, of `score` `[S, G, C]` before the soft cap, would hold of the attention.
+
+        Returns:
+            `[S, C]`, shares summed over the query heads; 0 where there is no cluster.
+        """
+        odds = cap_scores(score, self.softcap) - (self.peak + self.total().log_())
+        return odds.sigmoid_().sum(1).mul_(self.tokens > 0)
+
 
 @dataclass(frozen=True)
 class Tokens:

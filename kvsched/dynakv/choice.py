@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import torch
 
-CLOSE = 4
-"""Tokens that are looked at one by one, in multiples of the budget: more bring hardly any recall."""
+CLOSE = 6
+"""Tokens that are looked at one by one, in multiples of the budget. The demo's long answer, its tokens given, has a KL
+divergence of .0013 from the full cache with 4, .0008 with 6, .0006 with 8 and with all."""
+
+REACH = 2.0
+"""Standard deviations from its mean key at which the best token of a cluster is expected: that of 24 lies there. With 0
+clusters are ranked as wholes, and tokens of great weight are missed (KL .032 where this has .0013; 1 to 3 do alike)."""
 
 LEFT = 0.25
 """Of a policy's patience: what a step that reads leaves on flash at most. The rest costs a quarter of all reads and

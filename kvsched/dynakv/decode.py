@@ -8,7 +8,7 @@ import torch
 
 from kvsched_kernels import ClusterMasses, Part, choose_tokens, decode_attention, token_masses
 
-from .choice import CLOSE, LEFT, tokens_that_hold
+from .choice import CLOSE, LEFT, REACH, tokens_that_hold
 from .dense import DenseTokens
 from .retrieval import Retrieval
 from .stored import StoredClusters
@@ -83,7 +83,7 @@ class Decoder:
         """
         index, heads = self.clusters.index, asked.shape[1]
         assert index.residuals is not None
-        near = self._candidates(clusters, int(budget.max()))
+        near = self._candidates(asked, clusters, int(budget.max()))
         tokens = token_masses(asked, clusters, near, *index.residuals.lie(near))
         if (wanted := self.policy.config.mass) is not None:
             rest, size = clusters.worth().scatter_(1, near, 0.0), clusters.tokens.scatter(1, near, 0)
@@ -97,13 +97,17 @@ class Decoder:
             self.clusters.read_ahead(stream, near[stream, nth])
         return Retrieval.of_tokens(near, choice.kept), clusters.peak[..., 0] + choice.held.log()
 
-    def _candidates(self, clusters: ClusterMasses, budget: int) -> torch.Tensor:
-        """The clusters whose tokens are looked at, int64 `[S, k]`: the best, or all if the budget may be for all."""
-        width = clusters.tokens.shape[1]
+    def _candidates(self, asked: torch.Tensor, clusters: ClusterMasses, budget: int) -> torch.Tensor:
+        """The clusters whose tokens are looked at, int64 `[S, k]`: those whose best token may hold most of the
+        attention, or all if the budget may be for all."""
+        width, index = clusters.tokens.shape[1], self.clusters.index
+        assert index.residuals is not None
         count = max(1, math.ceil(CLOSE * budget / self.policy.cluster_size))
         if count >= width or budget >= int(clusters.tokens.sum(1).max()):
             return torch.arange(width, device=clusters.tokens.device).repeat(len(clusters.tokens), 1)
-        return clusters.worth().topk(count, dim=1, sorted=False).indices
+        distance = index.deviation[:, :width].float().div_(clusters.tokens.clamp_min(1)).sqrt_()
+        best = torch.addcmul(clusters.score, index.residuals.spread(asked), distance.unsqueeze(1), value=REACH)
+        return clusters.share_of(best).topk(count, dim=1, sorted=False).indices
 
     def _estimate(self, mass: torch.Tensor, peak: torch.Tensor) -> Part:
         """Attention over what is left out: each cluster as so much `mass` `[S, G, C]`, times exp(peak `[S, G]`), on its

@@ -77,6 +77,15 @@ class TokenResiduals:
         rows = self._table.data.shape[1]
         return self._table.vectors(rows), self._starts().gather(1, cluster), self.size.gather(1, cluster).long()
 
+    def spread(self, query: torch.Tensor) -> torch.Tensor:
+        """How far products with `query` `[S, G, D]` spread over tokens, by how far their keys do: `[S, G, 1]`.
+
+        Both as standard deviations, of a key that of its length: channels spread unlike each other, as their steps do.
+        """
+        step = self._table.step
+        length = step.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(step.dtype).tiny)
+        return (query * step).norm(dim=-1, keepdim=True) / length
+
     def grow(self, clusters: int) -> None:
         """Make room for `clusters` of each stream."""
         more = self.size.new_zeros(len(self.size), clusters - self.size.shape[1])

@@ -71,3 +71,21 @@ def test_every_token_keeps_its_residual(data):
             residuals.select(order)
             held = [list(held[s]) for s in order.tolist()]
         check(residuals, held)
+
+
+def test_products_spread_as_the_channels_do():
+    draw = torch.Generator().manual_seed(0)
+    deviation = torch.tensor([[3.0, 0.1, 1.0, 0.5, 2.0], [0.2, 4.0, 1.0, 1.0, 0.1]]).unsqueeze(1)
+    keys = torch.randn(STREAMS, 2000, WIDTH, generator=draw) * deviation
+    residuals = TokenResiduals(STREAMS, WIDTH, 2, torch.zeros(STREAMS, 0, dtype=torch.int16))
+    residuals.grow(1)
+    residuals.put(
+        torch.arange(STREAMS),
+        torch.zeros(STREAMS, dtype=torch.long),
+        torch.tensor([2000] * STREAMS),
+        keys.flatten(0, 1),
+    )
+    query = torch.randn(STREAMS, 3, WIDTH, generator=draw)
+    length = keys.square().sum(2).mean(1).sqrt().view(STREAMS, 1, 1)
+    expected = (query @ keys.mT).std(dim=2, keepdim=True)
+    torch.testing.assert_close(residuals.spread(query) * length, expected, rtol=0.1, atol=0)

@@ -83,6 +83,26 @@ def test_every_token_has_its_share_of_the_attention(path, seed, streams, group, 
     assert int(found.there.sum()) == int(found.size.sum())
 
 
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_one_more_token_would_hold_its_share(softcap):
+    held = masses(3, 2, 3, 9, softcap)
+    score = torch.randn(2, 3, 9) * 4
+    share = held.share_of(score)
+    for s in range(2):
+        there = np.flatnonzero(held.tokens[s].numpy())
+        for c in range(9):
+            expected = 0.0
+            for h in range(3):
+                of_all = [math.exp(held.elsewhere[s, h, 0])]
+                of_all += [
+                    int(held.tokens[s, i]) * math.exp(capped(held.score[s, h, i].double().numpy(), softcap))
+                    for i in there
+                ]
+                own = math.exp(capped(score[s, h, c].double().numpy(), softcap))
+                expected += own / (own + sum(of_all))
+            assert float(share[s, c]) == pytest.approx(expected if c in there else 0.0, rel=1e-4)
+
+
 def greedy(worth, there, room):
     best = sorted(((w, i) for i, w in enumerate(worth) if there[i]), reverse=True)[:room]
     return {i for _, i in best}, (math.inf if room == 0 else best[-1][0] if len(best) == room else 0.0)
