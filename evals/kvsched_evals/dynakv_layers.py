@@ -169,16 +169,21 @@ def step_latency(
 
 
 def _counts(one: Decoded) -> dict[str, float]:
-    counters, table = one.storage.flash.counters, one.storage.table
+    counters, table, transfers = one.storage.flash.counters, one.storage.table, one.storage.transfers
+    ahead = transfers.asked.counters, transfers.expected.counters
     return {
         "bytes_read": counters.bytes_read,
         "reads": counters.reads,
-        "entries_read": one.storage.transfers.entries_read,
-        "asked_bytes": one.storage.transfers.entries_read * one.storage.entry_bytes,
-        "read_seconds": one.storage.transfers.read_seconds,
+        "entries_read": transfers.entries_read,
+        "asked_bytes": transfers.entries_read * one.storage.entry_bytes,
+        "read_seconds": transfers.read_seconds,
         "hits": table.hits,
         "misses": table.misses,
-        "bytes_moved": one.storage.transfers.bytes_moved,
+        "bytes_moved": transfers.bytes_moved,
+        "read_ahead": sum(count.clusters for count in ahead),
+        "read_ahead_used": sum(count.used for count in ahead),
+        "read_ahead_seconds": sum(count.seconds for count in ahead),
+        "read_ahead_waited": sum(count.waited for count in ahead),
     }
 
 
@@ -199,6 +204,8 @@ def _row(times: list[float], before: dict[str, float], after: dict[str, float], 
         "read_seconds": spent["read_seconds"] / steps,
         "hit_rate": spent["hits"] / max(1, spent["hits"] + spent["misses"]),
         "bytes_moved": spent["bytes_moved"] / steps,
+        # Clusters a step that were on their way before they were fetched, those that then were, and how long it took.
+        **{name: spent[name] / steps for name in spent if name.startswith("read_ahead")},
     }
 
 

@@ -15,10 +15,15 @@ from .stored import StoredClusters
 
 
 class Decoder:
-    """Answers a single new token from the tokens in DRAM and the clusters that its query retrieves."""
+    """Answers a single new token from the tokens in DRAM and the clusters that its query retrieves.
+
+    Attributes:
+        found: what it retrieved last; `None` where there was nothing to retrieve.
+    """
 
     def __init__(self, clusters: StoredClusters, dense: DenseTokens) -> None:
         self.clusters, self.dense, self.policy = clusters, dense, clusters.policy
+        self.found: Retrieval | None = None
 
     def parts(
         self, query: torch.Tensor, scaling: float, softcap: float | None, sinks: torch.Tensor | None, step: int
@@ -31,6 +36,7 @@ class Decoder:
             scaling, softcap, sinks: as in `decode_attention`.
             step: tokens seen so far.
         """
+        self.found = None
         held, index, form = self.dense.used, self.clusters.index, self.clusters.form
         entries, present = self.dense.entries[:, held], self.dense.position[:, held] >= 0
         dense = decode_attention(query, *form.apart(entries), present, scaling, softcap, sinks)
@@ -48,6 +54,7 @@ class Decoder:
             found, thought = self._choose_tokens(asked, clusters, budget)
         if self.policy.estimated:  # while clusters arrive from flash
             estimate = self._estimate(clusters.mass, clusters.peak[..., 0])
+        self.found = found
         entries, position = self.retrieve(found)
         fetched = decode_attention(query, *form.apart(entries), position >= 0, scaling, softcap)
         if not self.policy.estimated:

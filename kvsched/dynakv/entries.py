@@ -145,7 +145,9 @@ class CodedPacking(Packing):
 
     def _encode(self, numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Codes `[..., n]` and factor `[..., 2]` of float32 numbers `[..., n]`, as bytes."""
-        factor = (numbers.abs().amax(-1, keepdim=True) / self._largest).to(_FACTOR)
+        factor = (
+            (numbers.abs().amax(-1) / self._largest).to(_FACTOR).unsqueeze(-1)
+        )  # amax of nothing has no stride to keep
         codes = numbers / factor.float().clamp_min(torch.finfo(torch.float32).tiny)
         if not self._code.is_floating_point:
             codes.round_()

@@ -267,6 +267,8 @@ class DynaKVLayer(CacheLayerMixin):
     def _answer_one(self, chunk: Chunk) -> torch.Tensor:
         query = chunk.query[:, :, 0]
         parts = self.decoder.parts(query, chunk.scaling, chunk.softcap, chunk.sinks, chunk.seen)
+        if self.decoder.found is not None:
+            self.clusters.expect_next(self.decoder.found)
         self.steps += 1
         return self._shaped(chunk, merge_parts(parts).unsqueeze(2))
 

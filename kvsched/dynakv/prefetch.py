@@ -1,4 +1,4 @@
-"""Clusters that are read before they are fetched, while their step goes on computing."""
+"""Clusters that are read before they are fetched, while their step or the layer before them goes on computing."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .engine import Transfer
-from .flash import FlashFile
+from .flash import Buffer, FlashFile
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,10 @@ class AheadCounters:
 
 
 class Ahead:
-    """One batch of clusters on their way into the buffer for reads, taken until they arrived or are given up."""
+    """One batch of clusters on their way into a buffer, which is taken until they arrived or are given up."""
 
-    def __init__(self) -> None:
+    def __init__(self, buffer: Buffer) -> None:
+        self.buffer = buffer
         self.counters = AheadCounters()
         self._transfer: Transfer | None = None
         self._index: dict[int, int] = {}
@@ -54,6 +55,10 @@ class Ahead:
         self._transfer, self._placed = transfer, placed
         self._index = {address: i for i, address in enumerate(addresses.tolist())}
         self.counters.clusters += len(addresses)
+
+    def holds(self, addresses: np.ndarray) -> np.ndarray:
+        """bool: which clusters can be taken."""
+        return np.array([address in self._index for address in addresses.tolist()], dtype=bool)
 
     def take(self, addresses: np.ndarray, flash: FlashFile) -> tuple[np.ndarray, Placed | None]:
         """Those of `addresses` that were read ahead: bool `[N]`, and where they are once they have arrived.
@@ -69,7 +74,7 @@ class Ahead:
         return found, self._placed[index[found]]
 
     def forget(self, addresses: np.ndarray) -> None:
-        """Clusters no longer exist."""
+        """Clusters no longer exist, or flash holds something else of them."""
         for address in addresses.tolist():
             self._index.pop(address, None)
 
@@ -85,3 +90,36 @@ class Ahead:
             flash.wait(transfer)
             self.counters.waited += time.perf_counter() - started
             self.counters.seconds += transfer.seconds
+
+
+class LastStep:
+    """What each layer wanted in its last step, so that it can be read while the layer before it computes.
+
+    A new query wants much of what the last one did, and the layers come in the same order in every step. The paper
+    says when the next layer's clusters are read, not which.
+    """
+
+    def __init__(self) -> None:
+        self._wanted: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self._after: dict[int, int] = {}
+        self._latest: int | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """DRAM that it takes."""
+        return sum(addresses.nbytes + wanted.nbytes for addresses, wanted in self._wanted.values())
+
+    def follow(self, layer: int, addresses: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+        """Note the clusters that a layer wants now (int64 `[N]`) and which of their entries (bool `[N, m]`).
+
+        Returns:
+            The same of the layer that comes next, as it was in the last step; `None` where that is not known.
+        """
+        if self._latest is not None:
+            self._after[self._latest] = layer
+        self._latest = layer
+        self._wanted[layer] = addresses.astype(np.int32), np.packbits(wanted, axis=1)
+        following = self._wanted.get(self._after.get(layer, -1))
+        if following is None:
+            return None
+        return following[0].astype(np.int64), np.unpackbits(following[1], axis=1).astype(bool)

@@ -23,16 +23,21 @@ from ..errors import ConfigError, FlashError, UnsupportedModelError
 from .arena import POSITION_BYTES, ROW_TABLES, Arena, places
 from .flash import PAGE, FlashFile
 from .pools import Pools
+from .prefetch import LastStep
 from .residency import ClusterAligned, Evicted, PerAddress, Residency
 from .runs import WASTE
 from .snapshot import Saved, save
 from .transfers import Transfers, portions
 
-BUFFER_SHARE = 1 / 32
-"""Share of the budget for each of the two buffers (reads, writes), up to `LARGEST_BUFFER`."""
+BUFFER_SHARES = 1 / 32, 1 / 64, 1 / 64
+"""Shares of the budget for what a step reads, for what the next layer is expected to, and for writes, up to
+`LARGEST_BUFFER` each."""
 
 LARGEST_BUFFER = 1 << 20
 """Bytes that keep the device busy while the next batch is put together."""
+
+WORTH_READING_AHEAD = 4
+"""Clusters: to start reading fewer takes as long as to wait for them with all others that a step lacks."""
 
 UNCOUNTED = 1 / 8
 """Share of the budget left to what is not counted one by one: lists of free places and numbers, tables while they are
@@ -62,6 +67,7 @@ class ClusterStorage:
         self._spent: dict[str, int] = {}
         self._unfit = False
         self._tables_of_slots = 0
+        self._last_step = LastStep()
         # Owners of a cluster beyond the first, and the sum of them.
         self._owners, self._extra_owners = PerAddress(np.int16, 0), 0
         self._width: int
@@ -85,22 +91,22 @@ class ClusterStorage:
         self.entry_bytes = width * dtype.itemsize + POSITION_BYTES
         sector = self.flash.alignment
         least = -(-int((1 + WASTE) * self._largest * self.entry_bytes + 2 * PAGE) // PAGE) * PAGE
-        buffer = max(least, int(min(self._dram * BUFFER_SHARE, LARGEST_BUFFER)) // PAGE * PAGE)
+        buffers = [max(least, int(min(self._dram * share, LARGEST_BUFFER)) // PAGE * PAGE) for share in BUFFER_SHARES]
         row = self.entry_bytes + ROW_TABLES
         self._least_rows = 2 * self._largest
-        if self._dram * (1 - UNCOUNTED) < 2 * buffer + self._least_rows * row:
-            enough = (2 * least + self._least_rows * row) / (1 - UNCOUNTED - 2 * BUFFER_SHARE)
+        if self._dram * (1 - UNCOUNTED) < sum(buffers) + self._least_rows * row:
+            enough = (len(buffers) * least + self._least_rows * row) / (1 - UNCOUNTED - sum(BUFFER_SHARES))
             raise ConfigError(
                 f"dram={self._dram} bytes is less than two clusters and the buffers that bring them take. Set it to "
                 f"{math.ceil(enough)} bytes or more."
             )
-        self._shared = 2 * buffer + int(self._dram * UNCOUNTED)
+        self._shared = sum(buffers) + int(self._dram * UNCOUNTED)
         # Sectors hold several entries, or entries several sectors, or neither: then pools share sectors.
         grain = sector // math.gcd(sector, self.entry_bytes)
         self.pools = Pools(self._largest, grain if grain <= 4 else 1)
         self.arena = Arena((self._dram - self._shared) // row, self._largest, width * dtype.itemsize)
         self.residency = Residency(self.arena.limit, ClusterAligned(), self.entry_bytes)
-        self.transfers.open(self.arena, self.pools, buffer)
+        self.transfers.open(self.arena, self.pools, buffers)
 
     @property
     def table(self) -> Residency:
@@ -124,7 +130,7 @@ class ClusterStorage:
         """DRAM of the tables that say where clusters lie, in DRAM and on flash."""
         if self.residency is None:
             return 0
-        shared = self._owners.values.nbytes + self.transfers.nbytes
+        shared = self._owners.values.nbytes + self.transfers.nbytes + self._last_step.nbytes
         return self.pools.nbytes + self.residency.nbytes + self.arena.nbytes + shared + ROW_TABLES * self.arena.limit
 
     def spend(self, name: str, nbytes: int) -> None:
@@ -232,6 +238,25 @@ class ClusterStorage:
         if away.any():
             self.transfers.read_ahead(addresses[away], sizes[away])
 
+    def expect_next(self, layer: int, addresses: np.ndarray, wanted: np.ndarray) -> None:
+        """Say what a layer wanted in this step; what the next one wanted in its last and DRAM has not is being read.
+
+        Args:
+            addresses: int64 `[N]`, wanted: bool `[N, m]`, entries of them.
+        """
+        following = self._last_step.follow(layer, addresses, wanted)
+        if following is None or self.complete:
+            return
+        addresses, wanted = following
+        if self._extra_owners:
+            first = np.unique(addresses, return_index=True)[1]
+            addresses, wanted = addresses[first], wanted[first]
+        sizes, width = self.pools.size(addresses), min(wanted.shape[1], self._largest)
+        lacking = wanted[:, :width] & (np.arange(width) < sizes[:, None]) & ~self.holds(addresses)[:, :width]
+        lacks = lacking.any(1)
+        if np.count_nonzero(lacks) >= WORTH_READING_AHEAD:
+            self.transfers.expect(addresses[lacks], sizes[lacks])
+
     def create(
         self,
         entries: torch.Tensor,
@@ -307,7 +332,7 @@ class ClusterStorage:
             addresses: int64 `[N]`, each once.
             sizes: int64 `[N]`, entries that each gets; `entries` `[sizes.sum(), width]` and `position` are in turn.
         """
-        self.transfers.ahead.forget(addresses)
+        self.transfers.forget(addresses)
         before = self.pools.size(addresses)
         slots, evicted = self.table.admit(addresses, sizes, fresh=True)
         self._evict(evicted)
@@ -403,7 +428,7 @@ class ClusterStorage:
             addresses = named[taken < times]
         gone = self.table.forget(addresses)
         self.arena.drop(gone.slots)
-        self.transfers.ahead.forget(addresses)
+        self.transfers.forget(addresses)
         self.pools.free(addresses)
 
     def rounds(self, count: int) -> Iterator[slice]:

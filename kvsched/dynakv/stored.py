@@ -14,6 +14,7 @@ from .entries import Packing
 from .policies import Policy
 from .pools import keep_order
 from .ranks import ranks
+from .retrieval import Retrieval
 from .storage import ClusterStorage
 
 _NUMBERS_AT_ONCE = 1 << 18
@@ -69,6 +70,14 @@ class StoredClusters:
         """Start reading clusters that are about to be fetched or gathered."""
         address, size = self.index.address[stream, cluster], self.index.size[stream, cluster]
         self.storage.prefetch(to_host(address), to_host(size))
+
+    def expect_next(self, found: Retrieval) -> None:
+        """This is what a step wanted; the storage reads ahead what it expects of the next layer."""
+        address, size = self.index.address[found.stream, found.cluster], self.index.size[found.stream, found.cluster]
+        wanted = found.kept
+        if wanted is None:
+            wanted = torch.arange(self.largest, device=size.device) < size.unsqueeze(1)
+        self.storage.expect_next(self._number, to_host(address), to_host(wanted))
 
     def gather(
         self, stream: torch.Tensor, cluster: torch.Tensor, kept: torch.Tensor | None = None

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -30,6 +30,7 @@ class Transfers:
     """Moves entries between an arena and the places that pools give them in a file.
 
     Attributes:
+        asked, expected: what is read ahead: for the step that goes on, and for the layer that comes next.
         on_read: called for every read of clusters that is issued, with its bytes and the addresses it brings.
         failed: what went wrong; clusters are incomplete since.
         entries_read: entries of clusters that reads were issued for.
@@ -53,10 +54,11 @@ class Transfers:
         """DRAM of what is known of the file's pages."""
         return self._fresh.nbytes
 
-    def open(self, arena: Arena, pools: Pools, buffer: int) -> None:
-        """Take the form of entries from an arena, and two buffers of so many bytes."""
-        self.arena, self.pools, self.ahead = arena, pools, Ahead()
-        self._reader, self._writer = Buffer(buffer), Buffer(buffer)
+    def open(self, arena: Arena, pools: Pools, buffers: Sequence[int]) -> None:
+        """Take the form of entries from an arena, and buffers of so many bytes: asked, expected, and for writes."""
+        self.arena, self.pools = arena, pools
+        self.asked, self.expected = (Ahead(Buffer(size)) for size in buffers[:2])
+        self._writer = Buffer(buffers[2])
         self._entry_bytes = arena.data.itemsize
         self._step_bytes = math.gcd(self._entry_bytes, self.flash.alignment)
 
@@ -71,50 +73,69 @@ class Transfers:
             self._fresh = np.concatenate([self._fresh, more])
 
     def read_ahead(self, addresses: np.ndarray, sizes: np.ndarray) -> None:
-        """Start reading clusters, as many of the first as the buffer takes, in place of what was read ahead before."""
-        start, length, _ = self._stretches(addresses, sizes)
-        some = next(portions(self._needs(start, length, self.flash.alignment), len(self._reader.memory)))
+        """Start reading clusters that are about to be asked for, as many of the first as the buffer takes.
+
+        They take the place of what was read ahead before; what was expected is there already.
+        """
+        away = ~self.expected.holds(addresses)
+        self._begin(self.asked, addresses[away], sizes[away])
+
+    def expect(self, addresses: np.ndarray, sizes: np.ndarray) -> None:
+        """Start reading clusters that the next layer may ask for; the same, in a buffer of its own."""
+        self._begin(self.expected, addresses, sizes)
+
+    def forget(self, addresses: np.ndarray) -> None:
+        """Flash no longer holds clusters as they were when they were read ahead."""
+        self.asked.forget(addresses)
+        self.expected.forget(addresses)
+
+    def _begin(self, ahead: Ahead, addresses: np.ndarray, sizes: np.ndarray) -> None:
         with self._failing():
-            self.ahead.give_up(self.flash)
-            transfer, placed = self._start_reading(addresses[some], sizes[some])
-            self.ahead.start(transfer, addresses[some], placed)
+            ahead.give_up(self.flash)
+            if len(addresses):
+                start, length, _ = self._stretches(addresses, sizes)
+                some = next(portions(self._needs(start, length, self.flash.alignment), len(ahead.buffer.memory)))
+                transfer, placed = self._start_reading(addresses[some], sizes[some], ahead.buffer)
+                ahead.start(transfer, addresses[some], placed)
 
     def load(self, addresses: np.ndarray, sizes: np.ndarray, slots: np.ndarray, needed: np.ndarray) -> None:
         """Bring what is `needed` (bool `[N, m]`) of clusters to slots: from what was read ahead, and from flash."""
         started = time.perf_counter()
         with self._failing():
-            here, placed = self.ahead.take(addresses, self.flash)
-            if placed is not None:
-                self._unpack(placed, slots[here], needed[here])
-            addresses, sizes, slots, needed = addresses[~here], sizes[~here], slots[~here], needed[~here]
+            for ahead in (self.expected, self.asked):
+                here, placed = ahead.take(addresses, self.flash)
+                if placed is not None:
+                    self._unpack(placed, ahead.buffer, slots[here], needed[here])
+                addresses, sizes, slots, needed = addresses[~here], sizes[~here], slots[~here], needed[~here]
             if len(addresses):
-                self.ahead.give_up(self.flash)  # the buffer is wanted for these
+                self.asked.give_up(self.flash)  # the buffer is wanted for these
+            reader = self.asked.buffer
             start, length, _ = self._stretches(addresses, sizes)
             order = np.argsort(start)
-            for part in portions(self._needs(start, length, self.flash.alignment)[order], len(self._reader.memory)):
+            for part in portions(self._needs(start, length, self.flash.alignment)[order], len(reader.memory)):
                 some = order[part]
-                transfer, placed = self._start_reading(addresses[some], sizes[some])
+                transfer, placed = self._start_reading(addresses[some], sizes[some], reader)
                 self.flash.wait(transfer)
-                self._unpack(placed, slots[some], needed[some])
+                self._unpack(placed, reader, slots[some], needed[some])
         self.read_seconds += time.perf_counter() - started
 
-    def _start_reading(self, addresses: np.ndarray, sizes: np.ndarray) -> tuple[Transfer, Placed]:
+    def _start_reading(self, addresses: np.ndarray, sizes: np.ndarray, into: Buffer) -> tuple[Transfer, Placed]:
         start, length, placed = self._stretches(addresses, sizes)
         runs = merge(start, length, self.flash.alignment)
         self._finish_writes(runs.offset, runs.length)
         if self.on_read is not None:
             for i, nbytes in enumerate(runs.length.tolist()):
                 self.on_read(nbytes, addresses[runs.run == i])
-        transfer = self.flash.read(_requests(runs, self._reader))
+        transfer = self.flash.read(_requests(runs, into))
         self.entries_read += int(sizes.sum())
         return transfer, Placed(runs.at + placed.first, placed.step, sizes)
 
-    def _unpack(self, placed: Placed, slots: np.ndarray, needed: np.ndarray) -> None:
+    def _unpack(self, placed: Placed, buffer: Buffer, slots: np.ndarray, needed: np.ndarray) -> None:
         """Copy entries that were read to rows of their own."""
         cluster, offset = needed.nonzero()
         rows = self.arena.take(slots[cluster], offset)
         at = placed.first[cluster] + placed.step[cluster] * offset
-        self.arena.data[rows] = self._entries_of(self._reader)[at // self._step_bytes]
+        self.arena.data[rows] = self._entries_of(buffer)[at // self._step_bytes]
         self.arena.clean[rows] = self.arena.stored[rows] = True
 
     def write_back(self, slots: np.ndarray, addresses: np.ndarray) -> None:
@@ -124,6 +145,7 @@ class Transfers:
         changed = ~self.arena.clean[rows]
         if not changed.any():
             return
+        self.forget(addresses[np.unique(cluster[changed])])
         self.bytes_moved += int(self.arena.stored[rows[changed]].sum()) * self._entry_bytes
         origin, step = self.pools.where(addresses)
         place = origin[cluster] + step[cluster] * offset

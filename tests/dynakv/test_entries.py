@@ -48,6 +48,8 @@ def test_a_number_is_off_by_no_more_than_is_said(option, data):
     packing = packing_of(option, EntryForm(key_width, value_width, torch.float32, CPU), streams, turned.tolist())
     packing.begin(entries, position, torch.ones(streams, n, dtype=torch.bool))
     got_key, got_value = packing.form.apart(round_trip(packing, entries, position))
+    none = packing.pack(entries[0, :0], position[0, :0], position[0, :0])
+    assert none.shape == (0, packing.width)
     # What a key is rounded as: before it was turned, and without its stream's mean.
     inner = turn(entries[..., :key_width], position, turned, -1.0)
     inner = inner - inner.mean(1, keepdim=True)

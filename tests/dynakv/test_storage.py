@@ -151,7 +151,7 @@ class Everything(RuleBasedStateMachine):
         width, dtype = form
         entry = width * dtype.itemsize + 10
         # What the error of a too small budget asks for, and room for some more.
-        self.record = Recorded(width, dtype, 3 * (4096 * (3 + 10 * entry // 4096)) + (2 + room) * LARGEST * entry, seed)
+        self.record = Recorded(width, dtype, 4 * (4096 * (3 + 10 * entry // 4096)) + (2 + room) * LARGEST * entry, seed)
         self.draw = np.random.default_rng(seed)
 
     def some(self, count: int, at_least: int = 1, at_most: int = LARGEST) -> list[int]:
@@ -194,6 +194,12 @@ class Everything(RuleBasedStateMachine):
     def read_ahead(self, count):
         some = self.some(count)
         self.record.storage.prefetch(np.array(some, dtype=np.int64), self.record.sizes(some))
+
+    @rule(layer=st.integers(0, 2), count=st.integers(1, 40))
+    def a_layer_takes_its_step(self, layer, count):
+        some = self.some(count)
+        wanted = self.draw.random((len(some), LARGEST)) < 0.5
+        self.record.storage.expect_next(layer, np.array(some, dtype=np.int64), wanted)
 
     @rule(others=st.integers(0, 100_000))
     def others_take_dram(self, others):
@@ -357,9 +363,44 @@ def test_what_is_read_ahead_is_not_read_again(recorded):
     record.check(again)
     record.check(wanted[10:])
     assert told == []
-    counters = record.storage.transfers.ahead.counters
+    counters = record.storage.transfers.asked.counters
     assert (counters.clusters, counters.used) == (15, 10)
     assert counters.waited >= 0 and counters.seconds > 0
+
+
+def test_what_the_next_layer_wanted_is_read_while_this_one_computes(recorded):
+    record = recorded(128, torch.float32, 2 << 20)
+    record.create([4] * 2000)
+    layers = [record.away(10), record.away(30)[20:]]
+    every = np.ones((10, 4), dtype=bool)
+    for layer in (0, 1, 0):  # the order is known once the first layer has come again
+        assert record.storage.transfers.expected.counters.clusters == 0
+        record.storage.expect_next(layer, np.array(layers[layer]), every)
+    assert record.storage.transfers.expected.counters.clusters == 10
+    told = []
+    record.storage.transfers.on_read = lambda nbytes, brought: told.append(brought)
+    record.storage.prefetch(np.array(layers[1]), record.sizes(layers[1]))
+    record.check(layers[1])
+    assert told == [] and record.storage.transfers.expected.counters.used == 10
+    record.check(layers[0])
+    record.storage.expect_next(1, np.array(layers[1]), every)
+    assert record.storage.transfers.expected.counters.clusters == 10, "DRAM has them"
+
+
+def test_what_changed_on_flash_since_it_was_read_ahead_is_read_again(recorded):
+    """Entries that only DRAM has are written when they leave it; what was read before that lacks them."""
+    record = recorded(126, torch.float32, 2 << 20)
+    addresses = record.create([2] * 4000)
+    record.append(addresses[:100])  # now they have room
+    record.check(addresses[2000:])
+    grown = record.append_unread(addresses[:100], 2)[:8]
+    every = np.ones((len(grown), LARGEST), dtype=bool)
+    for layer in (0, 1, 0):
+        record.storage.expect_next(layer, np.array(grown), every)
+    assert record.storage.transfers.expected.counters.clusters == len(grown)
+    record.check(addresses[2000:])  # which drives the new entries out
+    assert not record.storage.holds(np.array(grown)).any()
+    record.check(grown)
 
 
 def test_layers_of_different_forms_and_budgets_too_small(recorded):
