@@ -39,6 +39,7 @@ class DynaKVReport:
         hits, misses: clusters that were asked for and found in DRAM, or not.
         arena_bytes, index_bytes, dense_bytes: DRAM held by resident clusters; by centroids, sizes and positions; by
             sinks, recent and waiting tokens.
+        index_bytes_read: what of the index was read from flash; 0 where it has room in DRAM.
         flash_bytes: size of the cluster file.
         direct: whether the file bypasses the page cache; if not, reads may have come from memory that no budget counts.
     """
@@ -55,6 +56,7 @@ class DynaKVReport:
     misses: int
     arena_bytes: int
     index_bytes: int
+    index_bytes_read: int
     dense_bytes: int
     flash_bytes: int
     direct: bool
@@ -115,7 +117,7 @@ class DynaKVCache(Cache):
         storage = self._storage
         layers = [layer for layer in self.layers if isinstance(layer, DynaKVLayer)]
         held = [layer.clusters for layer in layers if layer.is_initialized]
-        table, counters = storage.residency, storage.flash.counters
+        table, counters, index_file = storage.residency, storage.flash.counters, storage.index_file
         return DynaKVReport(
             tokens=max((layer.get_seq_length() for layer in layers), default=0),
             steps=max((layer.steps for layer in layers), default=0),
@@ -128,7 +130,8 @@ class DynaKVCache(Cache):
             hits=table.hits if table else 0,
             misses=table.misses if table else 0,
             arena_bytes=storage.arena_bytes,
-            index_bytes=sum(layer.index_bytes for layer in layers),
+            index_bytes=sum(layer.index_bytes for layer in layers) + (index_file.nbytes if index_file else 0),
+            index_bytes_read=index_file.flash.counters.bytes_read if index_file else 0,
             dense_bytes=sum(layer.dense_bytes for layer in layers),
             flash_bytes=storage.flash.size,
             direct=storage.flash.direct,

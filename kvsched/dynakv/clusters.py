@@ -7,7 +7,7 @@ vector for each `VectorTable` that the policy asks for, such as its mean key.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,6 +87,23 @@ class ClusterIndex:
     @property
     def _parts(self) -> dict[str, VectorTable | TokenResiduals]:
         return {**self.tables, **({} if self.residuals is None else {"residuals": self.residuals})}
+
+    @property
+    def _vector_tables(self) -> list[VectorTable]:
+        return [*self.tables.values(), *([] if self.residuals is None else [self.residuals.table])]
+
+    def hand_out(self) -> tuple[list[torch.Tensor], bool]:
+        """Its vectors, which are nowhere else afterwards, and whether they changed since `take_back`."""
+        tables = self._vector_tables
+        data, changed = [table.data for table in tables], any(table.changed for table in tables)
+        for table in tables:
+            table.data = table.data.new_empty(0)
+        return data, changed
+
+    def take_back(self, data: Sequence[torch.Tensor]) -> None:
+        """The vectors that `hand_out` gave, wherever they lie now."""
+        for table, own in zip(self._vector_tables, data, strict=True):
+            table.data, table.changed = own, False
 
     @property
     def tokens(self) -> torch.Tensor:

@@ -88,7 +88,11 @@ class DynaKVLayer(CacheLayerMixin):
         clusters, form = self.clusters, self._form
         tensors = {"entries": self.dense.entries, "position": self.dense.position, "grouped": self._intake.grouped}
         tensors |= {"splits": clusters.splits, "moved": clusters.moved}
-        tensors |= {f"index.{name}": tensor for name, tensor in clusters.index.state().items()}
+        with clusters.index_in_dram():
+            # What is on flash otherwise does not stay where it is now.
+            copied = self.storage.index_file is not None
+            for name, tensor in clusters.index.state().items():
+                tensors[f"index.{name}"] = tensor.clone() if copied else tensor
         tensors |= clusters.packing.state()
         return tensors, {
             "streams": clusters.streams,
@@ -130,7 +134,9 @@ class DynaKVLayer(CacheLayerMixin):
         self.clusters.packing.restore(take)
         self._intake.grouped = take("grouped", torch.int64, streams)
         self.clusters.splits, self.clusters.moved = (take(name, torch.int64, streams) for name in ("splits", "moved"))
-        index.restore(lambda name, *form: take(f"index.{name}", *form), torch.from_numpy(addresses).to(take.device))
+        with self.clusters.index_in_dram():
+            addresses_now = torch.from_numpy(addresses).to(take.device)
+            index.restore(lambda name, *form: take(f"index.{name}", *form), addresses_now)
         held = (dense.position[:, dense.used] >= 0).sum(1) + index.tokens
         if bool((held > self._seen).any()) or int(dense.position.max()) >= self._seen:
             raise ValueError("more tokens than were seen")
@@ -190,6 +196,23 @@ class DynaKVLayer(CacheLayerMixin):
         """
         # Layers that share keys (Gemma 3n) ask again with keys that were taken in already.
         arrived, self._arrived = self._arrived, None
+        with self.clusters.index_in_dram():
+            output = self._attend(arrived, inner, module, query, key, value, attention_mask, **kwargs)
+        if arrived is not None:
+            self._tell_storage()
+        return output
+
+    def _attend(
+        self,
+        arrived: torch.Tensor | None,
+        inner: Attention,
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: Any,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         own = None if arrived is None else self._located(arrived, attention_mask)
         asked = self._asked(query, attention_mask, **kwargs)
         alone, first = query.shape[2] == 1, key.shape[2] == self._seen
@@ -204,10 +227,8 @@ class DynaKVLayer(CacheLayerMixin):
             output = self._answer_one(asked), None
         if left_window:
             self._intake.settle()  # after decoding, when the clusters that this step retrieved are in DRAM
-        if own is not None:
-            self._tell_storage()
-            if not alone:
-                give_back()  # what answering and clustering a chunk took for a moment
+        if own is not None and not alone:
+            give_back()  # what answering and clustering a chunk took for a moment
         return output
 
     def _tell_storage(self) -> None:
@@ -229,8 +250,9 @@ class DynaKVLayer(CacheLayerMixin):
         self._seen = keys.shape[2]
         entries = torch.cat([keys, values], dim=-1).view(self.clusters.streams, -1, self._form.width)
         position = torch.where(real.to(self.device), torch.arange(self._seen, device=self.device), -1)
-        if self._intake.take(entries, position.repeat_interleave(self._kv_heads, dim=0)):
-            self._intake.settle()
+        with self.clusters.index_in_dram():
+            if self._intake.take(entries, position.repeat_interleave(self._kv_heads, dim=0)):
+                self._intake.settle()
         self._tell_storage()
 
     def _located(self, entries: torch.Tensor, mask: Any) -> Tokens:
@@ -301,13 +323,15 @@ class DynaKVLayer(CacheLayerMixin):
         elif -tokens_to_remove <= self.dense.recent:
             self.dense.crop(-tokens_to_remove)
         else:
-            self._intake.crop(remaining)
+            with self.clusters.index_in_dram():
+                self._intake.crop(remaining)
         self._seen = max(0, remaining)
 
     def reset(self) -> None:
         """Forget all tokens and give their room on flash back."""
         if self.is_initialized:
             self.clusters.free(*self.clusters.index.clusters())
+            self.storage.forget_index(self._number)
             del self.clusters, self.dense, self._intake, self.decoder, self._chunks
         self.is_initialized = False
         self._arrived = None
@@ -336,7 +360,8 @@ class DynaKVLayer(CacheLayerMixin):
         streams = (rows.to(self.device).unsqueeze(1) * self._kv_heads + heads).flatten()
         if torch.equal(streams, torch.arange(self.clusters.streams, device=self.device)):
             return
-        self.clusters.select(streams)
+        with self.clusters.index_in_dram():
+            self.clusters.select(streams)
         self.dense.select(streams)
         self._intake.select(streams)
 

@@ -31,17 +31,18 @@ class TokenResiduals:
         bits: of a channel's code: 2, 4 or 8.
 
     Attributes:
+        table: of all residuals.
         size: as `ClusterIndex.size` was when they were last put.
     """
 
     def __init__(self, streams: int, width: int, bits: int, size: torch.Tensor) -> None:
         self.size = size.clone()
-        self._table = VectorTable(streams, width, bits, size.device)
+        self.table = VectorTable(streams, width, bits, size.device)
 
     @property
     def nbytes(self) -> int:
         """Bytes of what grows with the tokens."""
-        return self._table.nbytes + self.size.nbytes
+        return self.table.nbytes + self.size.nbytes
 
     def put(self, stream: torch.Tensor, cluster: torch.Tensor, size: torch.Tensor, residuals: torch.Tensor) -> None:
         """Let clusters hold other tokens; all others keep theirs.
@@ -57,7 +58,7 @@ class TokenResiduals:
         self._move(changed, kept)
         each = torch.arange(len(size), device=size.device).repeat_interleave(size)
         nth = torch.arange(len(each), device=size.device) - (size.cumsum(0) - size)[each]
-        self._table.write(stream[each], self._starts()[stream, cluster][each] + nth, residuals)
+        self.table.write(stream[each], self._starts()[stream, cluster][each] + nth, residuals)
 
     def append(self, stream: torch.Tensor, cluster: torch.Tensor, residuals: torch.Tensor) -> None:
         """Add tokens, `residuals` `[M, D]`, to clusters (int64 `[M]`), in turn where several go to one."""
@@ -65,24 +66,24 @@ class TokenResiduals:
         changed.index_put_((stream, cluster), torch.ones_like(stream).to(changed), accumulate=True)
         self._move(changed, self.size > 0)
         rank = ranks(stream * changed.shape[1] + cluster)
-        self._table.write(stream, self._starts()[stream, cluster] + before + rank, residuals)
+        self.table.write(stream, self._starts()[stream, cluster] + before + rank, residuals)
 
     @property
     def none(self) -> torch.Tensor:
         """Residuals of no tokens."""
-        return self._table.offset.new_zeros(0, self._table.width)
+        return self.table.offset.new_zeros(0, self.table.width)
 
     def lie(self, cluster: torch.Tensor) -> tuple[Vectors, torch.Tensor, torch.Tensor]:
         """All residuals, and of some clusters (int64 `[S, k]`) the first of their tokens' and how many, int64."""
-        rows = self._table.data.shape[1]
-        return self._table.vectors(rows), self._starts().gather(1, cluster), self.size.gather(1, cluster).long()
+        rows = self.table.data.shape[1]
+        return self.table.vectors(rows), self._starts().gather(1, cluster), self.size.gather(1, cluster).long()
 
     def spread(self, query: torch.Tensor) -> torch.Tensor:
         """How far products with `query` `[S, G, D]` spread over tokens, by how far their keys do: `[S, G, 1]`.
 
         Both as standard deviations, of a key that of its length: channels spread unlike each other, as their steps do.
         """
-        step = self._table.step
+        step = self.table.step
         length = step.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(step.dtype).tiny)
         return (query * step).norm(dim=-1, keepdim=True) / length
 
@@ -102,26 +103,26 @@ class TokenResiduals:
     def select(self, streams: torch.Tensor) -> None:
         """Keep `streams` (int64, repeats allowed) in this order."""
         self.size = self.size[streams]
-        self._table.select(streams)
+        self.table.select(streams)
 
     def state(self) -> dict[str, torch.Tensor]:
         """Everything that it is made of but the sizes, by name."""
-        return self._table.state()
+        return self.table.state()
 
     def restore(self, take: Callable[..., torch.Tensor], size: torch.Tensor) -> None:
         """Become what `state` gave, of clusters of `size`; `take(name, dtype, *shape)` hands the tensors out."""
         self.size = size.clone()
-        self._table.restore(take, -1)
-        if self._table.data.shape[1] < int(size.sum(1, dtype=torch.long).max()):
+        self.table.restore(take, -1)
+        if self.table.data.shape[1] < int(size.sum(1, dtype=torch.long).max()):
             raise ValueError("tokens without a residual")
 
     def _move(self, size: torch.Tensor, kept: torch.Tensor) -> None:
         """Let clusters have other sizes. The tokens of those that bool `[S, C]` marks go where they lie then."""
-        before, have = self._starts(), self._table.data.shape[1]
+        before, have = self._starts(), self.table.data.shape[1]
         self.size = size
         after, rows = self._starts(), int(size.sum(1, dtype=torch.long).max())
         if rows > have:
-            self._table.grow(-(-rows // _ROOM) * _ROOM)
+            self.table.grow(-(-rows // _ROOM) * _ROOM)
         if not bool(((before != after) & kept).any()):
             return
         ends, shift, row = after + size, before - after, torch.arange(rows, device=size.device)
@@ -129,7 +130,7 @@ class TokenResiduals:
         for some in (slice(start, start + step) for start in range(0, len(after), step)):
             own = row.repeat(len(after[some]), 1)
             of = torch.searchsorted(ends[some], own, right=True).clamp_max_(after.shape[1] - 1)
-            self._table.permute(own.add_(shift[some].gather(1, of)).clamp_(0, have - 1), some)
+            self.table.permute(own.add_(shift[some].gather(1, of)).clamp_(0, have - 1), some)
 
     def _starts(self) -> torch.Tensor:
         """The row of each cluster's first token, int64 `[S, C]`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -43,6 +44,17 @@ class StoredClusters:
         forms, chained = policy.forms(form.key_width, form.value_width), policy.intake == "chain"
         self.index = ClusterIndex(streams, forms, self.largest, form.device, chained, policy.residual_bits)
         self.splits, self.moved = torch.zeros(2, streams, dtype=torch.long, device=form.device).unbind()
+
+    @contextmanager
+    def index_in_dram(self) -> Iterator[None]:
+        """Whatever reads or changes the index happens in here: elsewhere it may lie on flash."""
+        if (data := self.storage.take_index(self._number)) is not None:
+            self.index.take_back(data)
+        try:
+            yield
+        finally:
+            if self.form.device.type == "cpu" and self.storage.puts_index(self._number, self.index.nbytes):
+                self.storage.put_index(self._number, *self.index.hand_out())
 
     def resident(self, stream: torch.Tensor, cluster: torch.Tensor) -> torch.Tensor:
         """bool `[N]`: which clusters can be used without reading."""

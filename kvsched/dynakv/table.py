@@ -30,6 +30,7 @@ class VectorTable:
 
     Attributes:
         data: floating `[S, C, width]`, or uint8 `[S, C, packed width]`.
+        changed: whether `data` did, since it was last set to False.
     """
 
     def __init__(self, streams: int, width: int, bits: int, device: torch.device) -> None:
@@ -37,6 +38,7 @@ class VectorTable:
         columns = width if bits >= 16 else -(-width * bits // 8)
         dtype = {16: torch.float16, 32: torch.float32}.get(bits, torch.uint8)
         self.data = torch.zeros(streams, 0, columns, dtype=dtype, device=device)
+        self.changed = False
         # Offset and step of the codes, and count, mean and summed squared deviations of what was written.
         self.offset, self.step, self._mean, self._squares = torch.zeros(4, streams, 1, width, device=device).unbind()
         self._count = torch.zeros(streams, 1, 1, device=device)
@@ -50,11 +52,13 @@ class VectorTable:
 
     def grow(self, clusters: int) -> None:
         """Make room for `clusters` of each stream."""
+        self.changed = True
         streams, now, columns = self.data.shape
         self.data = torch.cat([self.data, self.data.new_zeros(streams, clusters - now, columns)], dim=1)
 
     def write(self, stream: torch.Tensor, cluster: torch.Tensor, vectors: torch.Tensor) -> None:
         """Put float32 `[N, width]` at int64 `[N]`, `[N]`."""
+        self.changed = True
         if self.bits >= 16:
             self.data[stream, cluster] = vectors.to(self.data.dtype)
         elif len(stream):
@@ -86,6 +90,7 @@ class VectorTable:
 
     def select(self, streams: torch.Tensor) -> None:
         """Keep `streams` (int64, repeats allowed) in this order."""
+        self.changed = True
         for name in ("data", *self._PER_STREAM):
             setattr(self, name, getattr(self, name)[streams])
 
@@ -95,6 +100,7 @@ class VectorTable:
 
     def restore(self, take: Callable[..., torch.Tensor], clusters: int) -> None:
         """Become what `state` gave, of `clusters` clusters; `take(name, dtype, *shape)` hands the tensors out."""
+        self.changed = True
         streams, _, columns = self.data.shape
         self.data = take("data", self.data.dtype, streams, clusters, columns)
         for name in self._PER_STREAM:
@@ -102,6 +108,7 @@ class VectorTable:
 
     def permute(self, order: torch.Tensor, streams: slice = slice(None)) -> None:
         """Let the first vectors of `streams` be those at int64 `[S, n]`; the rest stay."""
+        self.changed = True
         data = self.data[streams]
         data[:, : order.shape[1]] = rows(data, order)
 

@@ -27,7 +27,7 @@ class Recorded:
     """A layer, and beside it what it was given: entries `[rows, HEADS, n, 2 * DIM]`, which are real `[rows, n]`."""
 
     def __init__(self, storage: ClusterStorage, options: DynaKVConfig, rows: int, seed: int) -> None:
-        self.layer = DynaKVLayer(options, storage)
+        self.layer = DynaKVLayer(options, storage, number=seed)  # each layer of a test has a seed of its own
         self.draw = torch.Generator().manual_seed(seed)
         self.entries = torch.zeros(rows, HEADS, 0, 2 * DIM)
         self.real = torch.zeros(rows, 0, dtype=torch.bool)
