@@ -101,8 +101,7 @@ class Decoded:
     def dram(self) -> int:
         """Bytes that the cache says it holds."""
         layers = sum(layer.index_bytes + layer.dense_bytes for layer in self.layers.values())
-        index_file = 0 if self.storage.index_file is None else self.storage.index_file.nbytes
-        return self.storage.arena_bytes + self.storage.table_bytes + index_file + layers
+        return self.storage.arena_bytes + self.storage.table_bytes + layers
 
 
 def dram_bytes(share: float, trace: Tiled, context: int) -> int:

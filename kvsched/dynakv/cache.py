@@ -117,7 +117,7 @@ class DynaKVCache(Cache):
         storage = self._storage
         layers = [layer for layer in self.layers if isinstance(layer, DynaKVLayer)]
         held = [layer.clusters for layer in layers if layer.is_initialized]
-        table, counters, index_file = storage.residency, storage.flash.counters, storage.index_file
+        table, counters = storage.residency, storage.flash.counters
         return DynaKVReport(
             tokens=max((layer.get_seq_length() for layer in layers), default=0),
             steps=max((layer.steps for layer in layers), default=0),
@@ -130,8 +130,8 @@ class DynaKVCache(Cache):
             hits=table.hits if table else 0,
             misses=table.misses if table else 0,
             arena_bytes=storage.arena_bytes,
-            index_bytes=sum(layer.index_bytes for layer in layers) + (index_file.nbytes if index_file else 0),
-            index_bytes_read=index_file.flash.counters.bytes_read if index_file else 0,
+            index_bytes=sum(layer.index_bytes for layer in layers) + storage.index_file.nbytes,
+            index_bytes_read=storage.index_file.counters.bytes_read,
             dense_bytes=sum(layer.dense_bytes for layer in layers),
             flash_bytes=storage.flash.size,
             direct=storage.flash.direct,

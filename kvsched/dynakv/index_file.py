@@ -1,22 +1,23 @@
-"""Tables of the index that live on flash, because those of all layers together take too much of the budget.
+"""Vectors of the index that live on flash, because those of all layers together take too much of the budget.
 
-After the paper's space virtualisation: a layer's tables are read while the layer before it computes, so that no more
+After the paper's space virtualisation: a layer's vectors are read while the layer before it computes, so that no more
 than two layers' are in DRAM, however many there are.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
 from ..errors import FlashError
+from .clusters import ClusterIndex
 from .engine import Request, Transfer
-from .flash import PAGE, Buffer, FlashFile
+from .flash import PAGE, Buffer, FlashCounters, FlashFile
 from .pools import FreePlaces
+from .prefetch import Order
 
 _ALIGNED = 64
 """Bytes to whose multiples tables begin in a buffer: any dtype can be viewed there, and a vector register loaded."""
@@ -31,7 +32,7 @@ Spot = tuple[int, torch.Size, torch.dtype]
 
 @dataclass
 class _Place:
-    """Where a layer's tables lie: pages of the file, in which each begins at a byte, `nbytes` in all."""
+    """Where a layer's vectors lie: pages of the file, in which each table begins at a byte, `nbytes` in all."""
 
     page: int
     pages: int
@@ -41,7 +42,7 @@ class _Place:
 
 @dataclass
 class _Turn:
-    """A buffer, the layer whose tables are in it, and what moves them."""
+    """A buffer, the layer whose vectors are in it, and what moves them."""
 
     buffer: Buffer | None = None
     layer: int | None = None
@@ -49,82 +50,89 @@ class _Turn:
 
 
 class IndexFile:
-    """Tables of layers, in a file of their own and two buffers.
+    """Vectors of the layers' indexes, in a file of their own and two buffers once they take too much of DRAM.
 
     Args:
-        flash: the file; it is closed with this.
+        flash: makes the file, when it is needed.
+        most: bytes that the indexes of all layers may take in DRAM.
     """
 
-    def __init__(self, flash: FlashFile) -> None:
-        self.flash = flash
+    def __init__(self, flash: Callable[[], FlashFile], most: float) -> None:
+        self._open, self._most = flash, most
+        self._flash: FlashFile | None = None
+        self._in_dram: dict[int, int] = {}
         self._free, self._end = FreePlaces(), 0
         self._places: dict[int, _Place] = {}
         self._turns = _Turn(), _Turn()
-        self._after: dict[int, int] = {}
-        self._latest: int | None = None
+        self._order = Order()
         self._failed: FlashError | None = None
 
-    @classmethod
-    def in_directory(cls, directory: str | os.PathLike[str] | None, threads: int) -> IndexFile:
-        """With a nameless file in `directory`.
+    @property
+    def used(self) -> bool:
+        """Whether the indexes have moved here."""
+        return self._flash is not None
 
-        Raises:
-            FlashError: it cannot be made.
-        """
-        return cls(FlashFile(directory, threads))
+    @property
+    def counters(self) -> FlashCounters:
+        """Of the file."""
+        return FlashCounters() if self._flash is None else self._flash.counters
 
     @property
     def nbytes(self) -> int:
         """DRAM of the buffers."""
         return sum(len(turn.buffer.memory) for turn in self._turns if turn.buffer is not None)
 
-    def take(self, layer: int) -> list[torch.Tensor] | None:
-        """The tables that `put` was given, in a buffer, good until `put`; `None` if there are none.
+    def take(self, layer: int, index: ClusterIndex) -> None:
+        """Give an index the vectors back that `put` took, if it did; they are good until the next `put`.
 
         Those of the layer that followed this one last time are being read afterwards.
 
         Raises:
             FlashError: reading or writing failed, now or before, so that they are lost.
         """
-        if self._latest is not None:
-            self._after[self._latest] = layer
-        self._latest = layer
-        if layer not in self._places:
-            return None
-        with self._failing():
-            turn = self._turn(layer)
+        following = self._order.follow(layer)
+        if layer not in self._places and self._failed is None:
+            return
+        with self._failing() as flash:
+            turn = self._turn(layer, following)
             if turn.layer != layer:
-                self._read(layer, turn)
-            self._finish(turn)
-            following = self._after.get(layer)
+                self._read(layer, turn, flash)
+            self._finish(turn, flash)
             other = self._turns[turn is self._turns[0]]
             if following in self._places and following not in (turn.layer, other.layer):
-                self._read(following, other)
-        return self._tables(turn, self._places[layer])
+                self._read(following, other, flash)
+        index.take_back(self._vectors(turn, self._places[layer]))
 
-    def put(self, layer: int, tables: Sequence[torch.Tensor], changed: bool) -> None:
-        """Keep a layer's tables; what is `changed` since `take`, or new, is being written afterwards.
+    def put(self, layer: int, index: ClusterIndex) -> None:
+        """Take the vectors of an index, if all take too much of DRAM; what changed since `take` is being written.
 
         Raises:
-            FlashError: the file could not be written or grown.
+            FlashError: the file could not be made, written or grown.
         """
-        if layer in self._places and not changed:
-            return
-        with self._failing():
+        self._in_dram[layer] = index.nbytes
+        if self._flash is None:
+            if sum(self._in_dram.values()) <= self._most:
+                return
+            self._flash = self._open()
+        with self._failing() as flash:
+            vectors, changed = index.hand_out()
+            if layer in self._places and not changed:
+                return
             turn = self._turn(layer)
-            self._finish(turn)
-            place = self._place(layer, [(table.shape, table.dtype) for table in tables])
-            into = self._tables(turn, place)
+            self._finish(turn, flash)
+            place = self._place(layer, [(table.shape, table.dtype) for table in vectors], flash)
+            into = self._vectors(turn, place)
             # What grew lies elsewhere now and moves the others, so all are copied out of each other's way first.
-            moved = [one.data_ptr() != table.data_ptr() for one, table in zip(into, tables, strict=True)]
-            copies = [table.clone() if away else table for table, away in zip(tables, moved, strict=True)]
+            moved = [one.data_ptr() != table.data_ptr() for one, table in zip(into, vectors, strict=True)]
+            copies = [table.clone() if away else table for table, away in zip(vectors, moved, strict=True)]
             for one, table, away in zip(into, copies, moved, strict=True):
                 if away:
                     one.copy_(table)
-            turn.layer, turn.transfer = layer, self.flash.write(_request(turn, place))
+            turn.layer, turn.transfer = layer, flash.write(_request(turn, place))
 
     def forget(self, layer: int) -> None:
-        """A layer has no tables any more."""
+        """A layer has no index any more."""
+        self._in_dram.pop(layer, None)
         if (place := self._places.pop(layer, None)) is not None:
             self._free.give_back(place.page, place.pages)
         for turn in self._turns:
@@ -133,24 +141,24 @@ class IndexFile:
 
     def close(self) -> None:
         """Give the file's space and threads back."""
-        self.flash.close()
+        if self._flash is not None:
+            self._flash.close()
 
-    def _turn(self, layer: int) -> _Turn:
-        """The turn that holds a layer, or else one that does not hold the layer that follows it."""
-        for turn in self._turns:
-            if turn.layer == layer:
-                return turn
-        following = self._after.get(layer)
-        return next(turn for turn in self._turns if turn.layer is None or turn.layer != following)
+    def _turn(self, layer: int, following: int | None = None) -> _Turn:
+        """The turn that holds a layer, or else one that does not hold the `following`."""
+        one, other = self._turns
+        if layer in (one.layer, other.layer):
+            return one if one.layer == layer else other
+        return other if one.layer == following else one
 
-    def _read(self, layer: int, turn: _Turn) -> None:
-        self._finish(turn)
+    def _read(self, layer: int, turn: _Turn, flash: FlashFile) -> None:
+        self._finish(turn, flash)
         place = self._places[layer]
         turn.layer, turn.buffer = layer, self._large_enough(turn.buffer, place)
-        turn.transfer = self.flash.read(_request(turn, place))
+        turn.transfer = flash.read(_request(turn, place))
 
-    def _tables(self, turn: _Turn, place: _Place) -> list[torch.Tensor]:
-        """Views of the tables in a turn's buffer."""
+    def _vectors(self, turn: _Turn, place: _Place) -> list[torch.Tensor]:
+        """Views of the vectors in a turn's buffer."""
         turn.buffer = self._large_enough(turn.buffer, place)
         return [_view(turn.buffer, *spot) for spot in place.spots]
 
@@ -158,13 +166,14 @@ class IndexFile:
     def _large_enough(buffer: Buffer | None, place: _Place) -> Buffer:
         return buffer if buffer is not None and len(buffer.memory) >= place.nbytes else Buffer(place.pages * PAGE)
 
-    def _finish(self, turn: _Turn) -> None:
+    @staticmethod
+    def _finish(turn: _Turn, flash: FlashFile) -> None:
         transfer, turn.transfer = turn.transfer, None
         if transfer is not None:
-            self.flash.wait(transfer)
+            flash.wait(transfer)
 
-    def _place(self, layer: int, forms: Sequence[Form]) -> _Place:
-        """The place of a layer for tables of such forms: another one if they have outgrown that it had."""
+    def _place(self, layer: int, forms: Sequence[Form], flash: FlashFile) -> _Place:
+        """The place of a layer for tables of such forms: another one if these have outgrown it."""
         place = self._places.get(layer)
         spots, nbytes = _spots(forms)
         if place is None or nbytes > place.pages * PAGE:
@@ -174,19 +183,20 @@ class IndexFile:
             start = self._free.take(pages)
             if start is None:
                 start, self._end = self._end, self._end + pages
-                self.flash.reserve(self._end * PAGE)
+                flash.reserve(self._end * PAGE)
             place = _Place(start, pages, [], 0)
         place.spots, place.nbytes = spots, nbytes
         self._places[layer] = place
         return place
 
     @contextmanager
-    def _failing(self) -> Iterator[None]:
-        """What fails in between loses tables, so nothing may be taken from here afterwards."""
+    def _failing(self) -> Iterator[FlashFile]:
+        """What fails in between loses vectors, so nothing may be taken from here afterwards."""
+        assert self._flash is not None
         if self._failed is not None:
             raise FlashError(f"the index was lost when a transfer failed. Make a new DynaKVCache. ({self._failed})")
         try:
-            yield
+            yield self._flash
         except FlashError as error:
             self._failed = error
             raise

@@ -90,7 +90,7 @@ class DynaKVLayer(CacheLayerMixin):
         tensors |= {"splits": clusters.splits, "moved": clusters.moved}
         with clusters.index_in_dram():
             # What is on flash otherwise does not stay where it is now.
-            copied = self.storage.index_file is not None
+            copied = self.storage.index_file.used
             for name, tensor in clusters.index.state().items():
                 tensors[f"index.{name}"] = tensor.clone() if copied else tensor
         tensors |= clusters.packing.state()
@@ -331,7 +331,7 @@ class DynaKVLayer(CacheLayerMixin):
         """Forget all tokens and give their room on flash back."""
         if self.is_initialized:
             self.clusters.free(*self.clusters.index.clusters())
-            self.storage.forget_index(self._number)
+            self.storage.index_file.forget(self._number)
             del self.clusters, self.dense, self._intake, self.decoder, self._chunks
         self.is_initialized = False
         self._arrived = None

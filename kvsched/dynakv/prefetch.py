@@ -92,6 +92,21 @@ class Ahead:
             self.counters.seconds += transfer.seconds
 
 
+class Order:
+    """In which order layers come, as they did last time."""
+
+    def __init__(self) -> None:
+        self._after: dict[int, int] = {}
+        self._latest: int | None = None
+
+    def follow(self, layer: int) -> int | None:
+        """It is a layer's turn; the one that came after it last time, where that is known."""
+        if self._latest is not None:
+            self._after[self._latest] = layer
+        self._latest = layer
+        return self._after.get(layer)
+
+
 class LastStep:
     """What each layer wanted in its last step, so that it can be read while the layer before it computes.
 
@@ -101,8 +116,7 @@ class LastStep:
 
     def __init__(self) -> None:
         self._wanted: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-        self._after: dict[int, int] = {}
-        self._latest: int | None = None
+        self._order = Order()
 
     @property
     def nbytes(self) -> int:
@@ -115,11 +129,9 @@ class LastStep:
         Returns:
             The same of the layer that comes next, as it was in the last step; `None` where that is not known.
         """
-        if self._latest is not None:
-            self._after[self._latest] = layer
-        self._latest = layer
         self._wanted[layer] = addresses.astype(np.int32), np.packbits(wanted, axis=1)
-        following = self._wanted.get(self._after.get(layer, -1))
+        following = self._order.follow(layer)
         if following is None:
             return None
-        return following[0].astype(np.int64), np.unpackbits(following[1], axis=1).astype(bool)
+        addresses, packed = self._wanted[following]
+        return addresses.astype(np.int64), np.unpackbits(packed, axis=1).astype(bool)

@@ -62,6 +62,7 @@ class ClusterStorage:
 
     Attributes:
         transfers: what moves between the tiers, and the counts of that.
+        index_file: where the vectors of the layers' indexes lie, if DRAM has no room for them.
         entry_bytes: of an entry with its position, as it lies on flash.
     """
 
@@ -71,13 +72,12 @@ class ClusterStorage:
         self.residency: Residency | None = None
         self._largest = config.max_cluster_size
         self._dram = parse_bytes(config.dram)
+        open_file = partial(FlashFile, config.directory, config.io_threads)
+        self.index_file = IndexFile(open_file, INDEX_SHARE * self._dram)
         self._spent: dict[str, int] = {}
         self._unfit = False
         self._tables_of_slots = 0
         self._last_step = LastStep()
-        self._open_index_file = partial(IndexFile.in_directory, config.directory, config.io_threads)
-        self._index_file: IndexFile | None = None
-        self._index_bytes: dict[int, int] = {}
         # Owners of a cluster beyond the first, and the sum of them.
         self._owners, self._extra_owners = PerAddress(np.int16, 0), 0
         self._width: int
@@ -137,56 +137,20 @@ class ClusterStorage:
 
     @property
     def table_bytes(self) -> int:
-        """DRAM of the tables that say where clusters lie, in DRAM and on flash."""
+        """DRAM of the tables that say where clusters lie, in DRAM and on flash, and of the buffers for indexes."""
         if self.residency is None:
             return 0
         shared = self._owners.values.nbytes + self.transfers.nbytes + self._last_step.nbytes
-        return self.pools.nbytes + self.residency.nbytes + self.arena.nbytes + shared + ROW_TABLES * self.arena.limit
+        tables = self.pools.nbytes + self.residency.nbytes + self.arena.nbytes + ROW_TABLES * self.arena.limit
+        return tables + shared + self.index_file.nbytes
 
     def spend(self, name: str, nbytes: int) -> None:
         """Count `nbytes` of DRAM that are held elsewhere, as `name`, against the budget; clusters get the rest.
 
         A budget that others use up leaves what splitting a cluster needs. It takes effect with the next round.
         """
-        if self._spent.get(name) != nbytes:
-            self._spent[name] = nbytes
-            self._unfit = True
-
-    @property
-    def index_file(self) -> IndexFile | None:
-        """Where the vectors of the index lie while other layers compute, if they have no room in DRAM."""
-        return self._index_file
-
-    def take_index(self, layer: int) -> list[torch.Tensor] | None:
-        """The vectors of a layer's index, if they were put on flash.
-
-        Raises:
-            FlashError: they were lost.
-        """
-        return None if self._index_file is None else self._index_file.take(layer)
-
-    def puts_index(self, layer: int, nbytes: int) -> bool:
-        """Whether the index of a layer, of so many bytes, has to make room for those of others."""
-        self._index_bytes[layer] = nbytes
-        if self._index_file is None and sum(self._index_bytes.values()) > INDEX_SHARE * self._dram:
-            self._index_file = self._open_index_file()
-        return self._index_file is not None
-
-    def put_index(self, layer: int, vectors: list[torch.Tensor], changed: bool) -> None:
-        """Keep the vectors of a layer's index until `take_index`.
-
-        Raises:
-            FlashError: there is no place for them on flash.
-        """
-        assert self._index_file is not None
-        self._index_file.put(layer, vectors, changed)
-        self.spend("index file", self._index_file.nbytes)
-
-    def forget_index(self, layer: int) -> None:
-        """A layer has no index any more."""
-        self._index_bytes.pop(layer, None)
-        if self._index_file is not None:
-            self._index_file.forget(layer)
+        self._spent[name] = nbytes
+        self._unfit = True
 
     def begin(self, step: int | None = None) -> None:
         """Start a round: the slots that it hands out stay valid until the next.
@@ -541,8 +505,7 @@ class ClusterStorage:
     def close(self) -> None:
         """Give files and threads back; the storage cannot be used afterwards."""
         self.flash.close()
-        if self._index_file is not None:
-            self._index_file.close()
+        self.index_file.close()
 
     def _saved_parts(self, sizes: np.ndarray) -> Iterator[slice]:
         return portions(sizes * self.entry_bytes, SAVED_PART)

@@ -48,13 +48,12 @@ class StoredClusters:
     @contextmanager
     def index_in_dram(self) -> Iterator[None]:
         """Whatever reads or changes the index happens in here: elsewhere it may lie on flash."""
-        if (data := self.storage.take_index(self._number)) is not None:
-            self.index.take_back(data)
+        self.storage.index_file.take(self._number, self.index)
         try:
             yield
         finally:
-            if self.form.device.type == "cpu" and self.storage.puts_index(self._number, self.index.nbytes):
-                self.storage.put_index(self._number, *self.index.hand_out())
+            if self.form.device.type == "cpu":  # what another device holds takes no DRAM
+                self.storage.index_file.put(self._number, self.index)
 
     def resident(self, stream: torch.Tensor, cluster: torch.Tensor) -> torch.Tensor:
         """bool `[N]`: which clusters can be used without reading."""

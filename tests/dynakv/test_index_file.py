@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import pytest
 import torch
@@ -11,13 +13,32 @@ from hypothesis import strategies as st
 from transformers import DynamicCache
 
 from kvsched import DynaKVCache
+from kvsched.dynakv.flash import FlashFile
 from kvsched.dynakv.index_file import IndexFile
 from kvsched.errors import FlashError
 
 LAYERS = 4
 
 
-def tables(draw: torch.Generator, rows: int) -> list[torch.Tensor]:
+class Index:
+    """What an `IndexFile` asks of an index."""
+
+    def __init__(self, tables: list[torch.Tensor]) -> None:
+        self.tables, self.changed = tables, True
+
+    @property
+    def nbytes(self) -> int:
+        return sum(table.nbytes for table in self.tables)
+
+    def hand_out(self) -> tuple[list[torch.Tensor], bool]:
+        tables, self.tables = self.tables, []
+        return tables, self.changed
+
+    def take_back(self, tables: list[torch.Tensor]) -> None:
+        self.tables, self.changed = tables, False
+
+
+def drawn(draw: torch.Generator, rows: int) -> list[torch.Tensor]:
     """Tables of the kinds that an index has; without rows there is nothing in them."""
     return [
         torch.randint(0, 256, (2, rows, 24), generator=draw, dtype=torch.uint8),
@@ -26,69 +47,101 @@ def tables(draw: torch.Generator, rows: int) -> list[torch.Tensor]:
     ]
 
 
+@pytest.fixture
+def new_file(tmp_path) -> Iterator[Callable[..., IndexFile]]:
+    made = []
+
+    def new(most: int = -1) -> IndexFile:
+        made.append(IndexFile(partial(FlashFile, tmp_path, 2), most))
+        return made[-1]
+
+    yield new
+    for file in made:
+        file.close()
+
+
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_every_layer_gets_back_what_it_put(tmp_path, data):
+def test_every_layer_gets_back_what_it_put(new_file, data):
     draw = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
-    file, held = IndexFile.in_directory(tmp_path, 2), {}
+    file, indexes, held = new_file(), {}, {}
     for _ in range(data.draw(st.integers(1, 6))):
         for layer in data.draw(st.permutations(range(LAYERS))) if data.draw(st.booleans()) else range(LAYERS):
-            taken = file.take(layer)
-            assert (taken is None) == (layer not in held)
-            for table, own in zip(taken or [], held.get(layer, []), strict=True):
+            new = layer not in indexes
+            index = indexes.setdefault(layer, Index([]))
+            file.take(layer, index)
+            for table, own in zip(index.tables, held.get(layer, []), strict=True):
                 assert torch.equal(table, own) and table.dtype == own.dtype
             step = data.draw(st.sampled_from(["keep", "write", "grow", "forget"]))
-            if taken is None or step == "grow":
+            if new or step == "grow":
                 rows = data.draw(st.sampled_from([0, 1, 40, 900]))
-                kept = (taken or [])[:1] if taken and taken[0].shape[1] == rows else []  # the rest moves around it
-                taken = kept + tables(draw, rows)[len(kept) :]
-                step = "grow"
+                # The rest moves around a table that stays.
+                kept = index.tables[:1] if index.tables and index.tables[0].shape[1] == rows else []
+                index.tables, index.changed = kept + drawn(draw, rows)[len(kept) :], True
             elif step == "write":
-                for table in taken:
+                index.changed = True
+                for table in index.tables:
                     table.copy_(torch.randint(0, 9, table.shape, generator=draw))
-            held[layer] = [table.clone() for table in taken]
-            file.put(layer, taken, changed=step != "keep")
+            held[layer] = [table.clone() for table in index.tables]
+            file.put(layer, index)
+            assert index.tables == []
             if step == "forget":
                 file.forget(layer)
-                del held[layer]
-    file.close()
+                del held[layer], indexes[layer]
 
 
-def test_the_next_layer_is_read_while_this_one_computes(tmp_path):
-    draw, file = torch.Generator().manual_seed(0), IndexFile.in_directory(tmp_path, 2)
-    for layer in range(LAYERS):
-        file.take(layer)
-        file.put(layer, tables(draw, 500), changed=True)
-    for layer in range(LAYERS):
-        file.put(layer, file.take(layer), changed=False)
-    for layer in range(LAYERS):
-        reads = file.flash.counters.reads
-        file.take(layer)
-        assert file.flash.counters.reads == reads + 1, "one for the layer after it, none for itself"
-    assert file.nbytes < 3 * sum(table.nbytes for table in tables(draw, 500))
-    file.close()
+def test_indexes_stay_in_dram_while_they_have_room(new_file):
+    draw = torch.Generator().manual_seed(0)
+    indexes = [Index(drawn(draw, 100)) for _ in range(LAYERS)]
+    file = new_file(most=indexes[0].nbytes * 3)
+    for layer, index in enumerate(indexes):
+        file.take(layer, index)
+        file.put(layer, index)
+        assert file.used == (layer == 3) == (index.tables == [])
+    assert len(indexes[0].tables) == 3, "it goes when its turn comes"
+    file.take(0, indexes[0])
+    file.put(0, indexes[0])
+    assert indexes[0].tables == []
+
+
+def test_the_next_layer_is_read_while_this_one_computes(new_file):
+    draw, file = torch.Generator().manual_seed(0), new_file()
+    indexes = [Index(drawn(draw, 500)) for _ in range(LAYERS)]
+    size = indexes[0].nbytes
+    for time in range(3):
+        for layer, index in enumerate(indexes):
+            reads = file.counters.reads
+            file.take(layer, index)
+            if time == 2:
+                assert file.counters.reads == reads + 1, "one for the layer after it, none for itself"
+            file.put(layer, index)
+    assert file.nbytes < 3 * size
+    assert file.counters.writes == LAYERS, "nothing changed after the first time"
 
 
 @pytest.mark.parametrize("transfer", ["pwritev", "preadv"])
-def test_what_a_failed_transfer_lost_is_refused_ever_after(tmp_path, monkeypatch, transfer):
+def test_what_a_failed_transfer_lost_is_refused_ever_after(new_file, monkeypatch, transfer):
     def fail(*_):
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr("kvsched.dynakv.flash.KernelEngine", lambda: (_ for _ in ()).throw(OSError()))
-    draw, file = torch.Generator().manual_seed(0), IndexFile.in_directory(tmp_path, 2)
-    for layer in range(LAYERS):
-        file.put(layer, tables(draw, 500), changed=True)
-    file.take(LAYERS - 1)
+    draw, file = torch.Generator().manual_seed(0), new_file()
+    indexes = [Index(drawn(draw, 500)) for _ in range(LAYERS)]
+    for layer, index in enumerate(indexes):
+        file.put(layer, index)
+    file.take(LAYERS - 1, indexes[-1])
     with monkeypatch.context() as broken:
         broken.setattr(f"kvsched.dynakv.engine.os.{transfer}", fail)
         with pytest.raises(FlashError, match="Input/output error"):
-            for layer in range(LAYERS):
-                file.put(layer, file.take(layer), changed=True)
-    with pytest.raises(FlashError, match=r"the index was lost .* Make a new DynaKVCache"):
-        file.take(0)
+            for layer, index in enumerate(indexes):
+                file.take(layer, index)
+                index.changed = True
+                file.put(layer, index)
+    for way in (file.take, file.put):
+        with pytest.raises(FlashError, match=r"the index was lost .* Make a new DynaKVCache"):
+            way(0, indexes[0])
     with pytest.raises(FlashError, match="the index was lost"):
-        file.put(0, tables(draw, 500), changed=True)
-    file.close()
+        file.take(LAYERS, Index([]))  # it may have been the one that could not be put
 
 
 @torch.no_grad()

@@ -234,7 +234,7 @@ def test_the_fullest_cluster_is_loaded_when_too_many_wait(new_storage):
 
 
 def test_a_step_reads_only_what_gains_enough(new_storage, monkeypatch):
-    first, _, _ = decoded(new_storage, DynaKVConfig(dram=20 * SLOT, **OPTIONS), steps=40)
+    first, _, _ = decoded(new_storage, DynaKVConfig(dram=26 * SLOT, **OPTIONS), steps=40)
     clusters, policy, asked = first.layer.clusters, first.layer.policy, []
     read_ahead = clusters.read_ahead
     monkeypatch.setattr(clusters, "read_ahead", lambda *those: (asked.append(those), read_ahead(*those)))
