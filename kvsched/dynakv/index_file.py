@@ -131,13 +131,20 @@ class IndexFile:
             turn.layer, turn.transfer = layer, flash.write(_request(turn, place))
 
     def forget(self, layer: int) -> None:
-        """A layer has no index any more."""
+        """A layer has no index any more.
+
+        Raises:
+            FlashError: a transfer of it failed.
+        """
         self._in_dram.pop(layer, None)
-        if (place := self._places.pop(layer, None)) is not None:
-            self._free.give_back(place.page, place.pages)
         for turn in self._turns:
             if turn.layer == layer:
                 turn.layer = None
+                if self._failed is None:
+                    with self._failing() as flash:
+                        self._finish(turn, flash)  # before others write to its place
+        if (place := self._places.pop(layer, None)) is not None:
+            self._free.give_back(place.page, place.pages)
 
     def close(self) -> None:
         """Give the file's space and threads back."""
