@@ -24,6 +24,7 @@ import torch
 import typer
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+from kvsched.dynakv.choice import CLOSE
 from kvsched_kernels import (
     ClusterMasses,
     Estimate,
@@ -242,8 +243,8 @@ def estimated(device: torch.device, streams: int, group: int, dim: int, context:
 
 
 def single_tokens(device: torch.device, streams: int, group: int, dim: int, budget: int) -> Iterator[Case]:
-    """What choosing tokens costs a step that looks at four times the budget: residuals in 2 bits, and the choice."""
-    near, sizes = 4 * budget // _CLUSTER, {"streams": streams, "group": group, "dim": dim, "budget": budget}
+    """What choosing tokens costs a step that looks at `CLOSE` times the budget: residuals in 2 bits, and the choice."""
+    near, sizes = CLOSE * budget // _CLUSTER, {"streams": streams, "group": group, "dim": dim, "budget": budget}
     clusters = 4 * near
     data = torch.randint(0, 256, (streams, clusters * _CLUSTER, dim // 4), dtype=torch.uint8, device=device)
     step = torch.full((streams, 1, dim), 0.02, device=device)

@@ -48,8 +48,8 @@ def test_everything_that_moves_and_is_computed_is_counted():
     assert counted["cluster attention"] == (2 * 64 * 2 * 16 * 4, 2 * 2 * 64 * 16 * 2 * 2)
     # 10 clusters: mean keys of 16 x 8 bits, a size and a worth each
     assert counted["score"] == (2 * 10 * (16 + 1 + 4), 2 * 2 * 10 * 16 * 2)
-    # 4 clusters of 24 tokens: residuals of 16 x 2 bits, and a mass for each head and a worth
-    assert counted["look at tokens"] == (2 * 96 * (4 + 2 * 4 + 4), 2 * 2 * 96 * 16 * 2)
+    # 6 clusters of 24 tokens: residuals of 16 x 2 bits, and a mass for each head and a worth
+    assert counted["look at tokens"] == (2 * 144 * (4 + 2 * 4 + 4), 2 * 2 * 144 * 16 * 2)
 
 
 def test_it_measures_keeps_and_draws(monkeypatch, tmp_path: Path) -> None:
