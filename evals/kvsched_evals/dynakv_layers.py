@@ -182,7 +182,6 @@ def _counts(one: Decoded) -> dict[str, float]:
         "bytes_moved": transfers.bytes_moved,
         "read_ahead": sum(count.clusters for count in ahead),
         "read_ahead_used": sum(count.used for count in ahead),
-        "read_ahead_seconds": sum(count.seconds for count in ahead),
         "read_ahead_waited": sum(count.waited for count in ahead),
     }
 
@@ -204,7 +203,7 @@ def _row(times: list[float], before: dict[str, float], after: dict[str, float], 
         "read_seconds": spent["read_seconds"] / steps,
         "hit_rate": spent["hits"] / max(1, spent["hits"] + spent["misses"]),
         "bytes_moved": spent["bytes_moved"] / steps,
-        # Clusters a step that were on their way before they were fetched, those that then were, and how long it took.
+        # Clusters a step that were on their way before they were fetched, those that then were, and what was waited.
         **{name: spent[name] / steps for name in spent if name.startswith("read_ahead")},
     }
 
