@@ -196,39 +196,25 @@ class DynaKVLayer(CacheLayerMixin):
         """
         # Layers that share keys (Gemma 3n) ask again with keys that were taken in already.
         arrived, self._arrived = self._arrived, None
-        with self.clusters.index_in_dram():
-            output = self._attend(arrived, inner, module, query, key, value, attention_mask, **kwargs)
-        if arrived is not None:
-            self._tell_storage()
-        return output
-
-    def _attend(
-        self,
-        arrived: torch.Tensor | None,
-        inner: Attention,
-        module: torch.nn.Module,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attention_mask: Any,
-        **kwargs: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         own = None if arrived is None else self._located(arrived, attention_mask)
         asked = self._asked(query, attention_mask, **kwargs)
         alone, first = query.shape[2] == 1, key.shape[2] == self._seen
         output: tuple[torch.Tensor, torch.Tensor | None]
-        if first:
-            output = inner(module, query, key, value, attention_mask, **kwargs)
-        elif not alone:
-            output = self._answer_chunk(asked, own), None
-        prompt = None if alone else telling(asked.query) * asked.scaling
-        left_window = own is not None and self._intake.take(own.entries, own.position, prompt)
-        if alone and not first:
-            output = self._answer_one(asked), None
-        if left_window:
-            self._intake.settle()  # after decoding, when the clusters that this step retrieved are in DRAM
-        if own is not None and not alone:
-            give_back()  # what answering and clustering a chunk took for a moment
+        with self.clusters.index_in_dram():
+            if first:
+                output = inner(module, query, key, value, attention_mask, **kwargs)
+            elif not alone:
+                output = self._answer_chunk(asked, own), None
+            prompt = None if alone else telling(asked.query) * asked.scaling
+            left_window = own is not None and self._intake.take(own.entries, own.position, prompt)
+            if alone and not first:
+                output = self._answer_one(asked), None
+            if left_window:
+                self._intake.settle()  # after decoding, when the clusters that this step retrieved are in DRAM
+        if own is not None:
+            self._tell_storage()
+            if not alone:
+                give_back()  # what answering and clustering a chunk took for a moment
         return output
 
     def _tell_storage(self) -> None:
